@@ -10,6 +10,7 @@ from pipeline import api
 from pipeline.api import Location
 from pipeline.errors import UserError
 from pipeline.store import files
+from pipeline.trackers.names import FOLDERS as TRACKER_FOLDERS
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
@@ -75,7 +76,7 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """
     lines = []
     for name in present:
-        if name not in (*api.STAGES, *api.TESTS, "wandb", "slurm") and not name.startswith("."):
+        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm") and not name.startswith("."):
             lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
     for name in stages:
         if store.is_held(name):

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 
 from rich.console import Console
@@ -18,7 +19,8 @@ from pipeline.state import Flags, StageState, refusals
 from pipeline.store.artifacts import ArtifactStore
 from pipeline.store.remote import Remote
 from pipeline.terminal import ask, at_terminal
-from pipeline.tracking import Dashboard
+from pipeline.trackers.names import missing_packages
+from pipeline.trackers.relay import Relay
 
 
 def bring_up_to_date(
@@ -55,7 +57,7 @@ def bring_up_to_date(
         TrainingStopped: If a training stopped itself.
     """
     flags, stop, console = flags or Flags(), stop or StopFlag(), console or Console()
-    chain, dashboard = Chain(experiment, store, stages), Dashboard()
+    chain = Chain(experiment, store, stages)
     order = chain.closure(target)
     for name in order:
         chain.states[name] = chain.assess(name)
@@ -73,50 +75,51 @@ def bring_up_to_date(
     for note in chain.hub.notes:
         print_line(console, note)
     failed_uploads: list[str] = []
-    for name in order:
-        chain.reassess_if_edited(name)
-        state = chain.states[name]
-        force = flags.force and name == target
-        if state.kind == "done" and state.manifest is not None and not force:
-            finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
-            origin = f", {state.origin()}" if state.taken_from else ""
-            print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}")
-            if remote is not None and not state.taken_from:
-                with store.lock(name):
-                    failed_uploads += upload(remote, name, is_new=False)
-            continue
-        if state.taken_from:  # the other experiment was changed during this command
-            raise UserError(refusals(name, False, state, flags))
-        if stop.requested:
-            raise Interrupted()
-        with store.lock(name):
-            state = chain.assess(name)  # again: before the lock another process may have changed it
-            chain.states[name] = state
-            if state.kind != "done" or force:
-                if lines := chain.edited_upstream(name):
-                    raise UserError(lines)
-                job = Job(
-                    name=name,
-                    is_target=name == target,
-                    stage=stages[name],
-                    experiment=experiment,
-                    store=store,
-                    state=state,
-                    today=chain.today(name, chain.starts_again(name, name == target, flags)),
-                    digests=chain.digests,
-                    manifests={need: store.verify(need) for need in chain.needs(name)}  # hours may have passed
-                    | chain.shown(name),
-                    flags=flags,
-                    stop=stop,
-                    console=console,
-                    peers=peers,
-                    dashboard=dashboard,
-                    wanted=tuple(order),
-                )
-                state = StageState("done", manifest=run_stage(job))
-            chain.states[name] = state
-            if remote is not None:
-                failed_uploads += upload(remote, name, is_new=True)
+    with closing(Relay()) as relay:
+        for name in order:
+            chain.reassess_if_edited(name)
+            state = chain.states[name]
+            force = flags.force and name == target
+            if state.kind == "done" and state.manifest is not None and not force:
+                finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
+                origin = f", {state.origin()}" if state.taken_from else ""
+                print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}")
+                if remote is not None and not state.taken_from:
+                    with store.lock(name):
+                        failed_uploads += upload(remote, name, is_new=False)
+                continue
+            if state.taken_from:  # the other experiment was changed during this command
+                raise UserError(refusals(name, False, state, flags))
+            if stop.requested:
+                raise Interrupted()
+            with store.lock(name):
+                state = chain.assess(name)  # again: before the lock another process may have changed it
+                chain.states[name] = state
+                if state.kind != "done" or force:
+                    if lines := chain.edited_upstream(name):
+                        raise UserError(lines)
+                    job = Job(
+                        name=name,
+                        is_target=name == target,
+                        stage=stages[name],
+                        experiment=experiment,
+                        store=store,
+                        state=state,
+                        today=chain.today(name, chain.starts_again(name, name == target, flags)),
+                        digests=chain.digests,
+                        manifests={need: store.verify(need) for need in chain.needs(name)}  # hours may have passed
+                        | chain.shown(name),
+                        flags=flags,
+                        stop=stop,
+                        console=console,
+                        peers=peers,
+                        relay=relay,
+                        wanted=tuple(order),
+                    )
+                    state = StageState("done", manifest=run_stage(job))
+                chain.states[name] = state
+                if remote is not None:
+                    failed_uploads += upload(remote, name, is_new=True)
     if failed_uploads:
         raise UserError([f"{line}. The artifact is finished here; run again to upload it" for line in failed_uploads])
     return chain.states
@@ -149,6 +152,7 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags,
     for name in order:
         is_made = not chain.states[name].taken_from
         if is_made and (chain.states[name].kind != "done" or (flags.force and name == target)):
+            lines += missing_packages(chain.experiment.tracking.trackers)
             lines += chain.stages[name].missing_requirements(chain.experiment)
             today = chain.today(name, chain.starts_again(name, name == target, flags))
             lines += [*today.problems, *checks.lines(name, today.config["data"])]

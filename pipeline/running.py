@@ -22,7 +22,9 @@ from pipeline.store import checkpoints, files
 from pipeline.store.artifacts import ArtifactStore, now
 from pipeline.store.cache import Cache
 from pipeline.store.digests import Digests
-from pipeline.tracking import Dashboard, Tracker, WandbRun, format_duration, json_value
+from pipeline.trackers.relay import Relay
+from pipeline.trackers.run import TrackedRun, tracker_run_id
+from pipeline.tracking import Tracker, format_duration, json_value
 
 DEFAULT_EVERY = 50  # steps between two checkpoints where checkpoints.every is null
 MOST_TIME_SAVING = 0.035  # fraction of the time that saving may then take
@@ -58,8 +60,8 @@ class Job:
     """Where progress is printed."""
     peers: Peers | None = None
     """The other processes of this run; None if there are none."""
-    dashboard: Dashboard = field(default_factory=Dashboard)
-    """The command's connection to Weights & Biases."""
+    relay: Relay = field(default_factory=Relay)
+    """The command's way to its trackers."""
     wanted: tuple[str, ...] = ()
     """All stages that the command brings up to date, in order."""
 
@@ -97,7 +99,7 @@ def run_stage(job: Job) -> dict[str, Any]:
             raise UserError(lines)
         finished = True
     finally:
-        context.tracker.close()
+        context.tracker.close(finished)
         if not finished:
             files.remove(context.publish)
             if not checkpoints.step_folders(context.checkpoints.folder):
@@ -231,13 +233,7 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         tracker.sync()
         store.record_run(job.name, run)
 
-    tracker = Tracker(
-        work,
-        job.name,
-        WandbRun(experiment.tracking, run["run_id"], experiment.name, run["config"]),
-        console=job.console,
-        dashboard=job.dashboard,
-    )
+    tracker = Tracker(work, job.name, tracked_run(job, run, work), console=job.console, relay=job.relay)
     saved = checkpoints_of(
         experiment, work, run_id=run["run_id"], fingerprint=run["fingerprint"], say=job.say, before_save=before_save
     )
@@ -261,6 +257,24 @@ def prepare(job: Job, run: dict[str, Any]) -> StageRun:
         wanted=job.wanted,
         confirm_folders=partial(confirm_folders, job, run, folder_signatures(job)),
         **shared_fields(job.name, job.stage, experiment, store, job.manifests, run),
+    )
+
+
+def tracked_run(job: Job, run: dict[str, Any], work: Path) -> TrackedRun:
+    """Return what trackers are told of a run whose journals are in a folder."""
+    tracking = job.experiment.tracking
+    return TrackedRun(
+        names=tracking.trackers,
+        folder=str(work.absolute()),
+        base=str(job.store.base.absolute()),
+        experiment=job.experiment.name,
+        stage=job.name,
+        run_id=tracker_run_id(run["run_id"], run["config"], run["fingerprint"]),
+        project=tracking.project,
+        config=run["config"],
+        resumes=run["resumes"],
+        wandb_mode=tracking.wandb_mode,
+        options=tracking.options,
     )
 
 

@@ -1,4 +1,4 @@
-"""Record what happens while a stage runs: journals, progress and, if asked for, wandb.
+"""Record what happens while a stage runs: journals and progress, and trackers that are asked for.
 
 metrics.jsonl, evaluations.jsonl and samples.jsonl contain no time of day, so that a run that was
 interrupted and resumed writes the same bytes as one that was not. Times and memory are in
@@ -9,10 +9,8 @@ import json
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.store import files
+from pipeline.trackers.relay import FINISH_SECONDS, LEAVE_SECONDS, Relay
+from pipeline.trackers.run import TrackedRun
 
-INIT_SECONDS = 8.0  # for wandb's first answer, unless WANDB_INIT_TIMEOUT is set
-FINISH_SECONDS = 60.0  # for wandb to upload the rest of a stage's figures
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 TIMING = "timing.jsonl"
-TIMES = {  # the keys of a row of timing.jsonl besides `step`; wandb gets them as `time/…`
+TIMES = {  # the keys of a row of timing.jsonl besides `step`; trackers show them as `time/…`
     "seconds": "of the step: forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
     "tokens": "in the step's batch, without padding, over all processes (ppo: of its episodes, prompts included)",
     "tokens_per_second": "tokens / seconds",
@@ -56,104 +54,36 @@ def json_value(value: Any) -> Any:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-@dataclass
-class Dashboard:
-    """The state of wandb for one command: after one failure, no stage tries it again."""
-
-    lost: bool = False
-    """Whether it has failed, or has not answered in time."""
-
-    def call(self, function: Callable[[], Any], seconds: float) -> Any:
-        """Call a function that a network may block for ever.
-
-        Args:
-            function: called in a thread of its own. If it takes too long the thread is left behind,
-                and what it raises later is ignored.
-            seconds: how long to wait.
-
-        Returns:
-            What the function returns.
-
-        Raises:
-            TimeoutError: it did not return in time.
-            Exception: whatever the function raised.
-        """
-        outcome: dict[str, Any] = {}
-
-        def run() -> None:
-            try:
-                outcome["value"] = function()
-            except BaseException as error:  # raised again below, in the thread that waits
-                outcome["error"] = error
-
-        thread = threading.Thread(target=run, daemon=True, name="wandb")
-        thread.start()
-        thread.join(seconds)
-        if thread.is_alive():
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["value"]
-
-    def give_up(self, error: BaseException) -> None:
-        """Stop using wandb, and print a warning the first time."""
-        if self.lost:
-            return
-        self.lost = True
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        print(
-            f"warning: wandb failed ({reason}); this command continues without it; metrics.jsonl has every value",
-            file=sys.stderr,
-        )
-
-
-@dataclass(frozen=True)
-class WandbRun:
-    """Name a stage's run in wandb, and hold the settings that wandb shows."""
-
-    settings: Any
-    """The config's section `tracking`."""
-    run_id: str = ""
-    """The run's id, also in wandb, so that a resumed run continues there."""
-    experiment: str = ""
-    """The experiment's name."""
-    config: dict[str, Any] | None = None
-    """The settings that wandb shows."""
-
-
 class Tracker:
-    """The journals of one run of one stage, and its window to people: lines, progress, wandb."""
+    """The journals of one run of one stage, and what people see: lines, progress, trackers."""
 
     def __init__(
         self,
         folder: Path,
         stage: str,
-        wandb_run: WandbRun | None = None,
+        tracked: TrackedRun | None = None,
         console: Console | None = None,
         writes: bool = True,
-        dashboard: Dashboard | None = None,
+        relay: Relay | None = None,
     ):
         """Open a tracker; journals are created by their first row.
 
         Args:
             folder: where the journals are.
             stage: the stage's name.
-            wandb_run: what the run is in wandb; None for journals only.
+            tracked: what trackers are told of the run; None for journals only.
             console: where lines and progress go.
             writes: False on every rank but 0, which write no journals.
-            dashboard: the command's; its own if None.
+            relay: the command's way to its trackers; None for journals only.
         """
         self.writes = writes
         self.folder, self.stage = Path(folder), stage
-        self.run_id = "" if wandb_run is None else wandb_run.run_id
         self.console = console or Console()
         reset_peak_memory()
         self._open: dict[str, IO[str]] = {}  # journals that have been written to, by file name
-        self._dashboard = dashboard or Dashboard()
-        self._wandb: Any = None  # the module, once a run has begun there
-        if wandb_run is not None and wandb_run.settings.wandb != "off" and not self._dashboard.lost:
-            self._start_wandb(wandb_run)
+        self._tracked, self._relay = tracked, relay
+        self._begun = False  # whether trackers have been told of the run
+        self.tracker_run_id: str | None = None  # the run's id in trackers, once one of them has all of it
 
     # -- journals ---------------------------------------------------------------------------------
 
@@ -166,9 +96,7 @@ class Tracker:
             seconds: how long it took; None for no row in timing.jsonl.
             tokens: in its batch, over all processes.
         """
-        self._append("metrics.jsonl", [{"step": step, **metrics}])
-        times: dict[str, Any] = {}
-        if seconds is not None:
+        if seconds is not None:  # written first: trackers show both as one row, when they see the metrics
             times = {
                 "seconds": round(seconds, 4),
                 "tokens": tokens,
@@ -176,8 +104,7 @@ class Tracker:
                 "memory_gb": memory_gb(),
             }
             self._append(TIMING, [{"step": step, **times}])
-        numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
-        self._to_wandb(numbers | {f"time/{key}": value for key, value in times.items()}, step)
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Write a row of evaluations.jsonl.
@@ -187,7 +114,6 @@ class Tracker:
             metrics: its figures.
         """
         self._append("evaluations.jsonl", [{"step": step, **metrics}])
-        self._to_wandb({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def samples(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows of samples.jsonl.
@@ -196,10 +122,7 @@ class Tracker:
             step: the steps done before they were generated.
             rows: {prompt, response, score?, kl?, gold?}.
         """
-        rows = [{"step": step, **row} for row in rows]
-        self._append("samples.jsonl", rows)
-        if self._wandb is not None and rows:
-            self._guard(lambda wandb: wandb.log({"samples": _wandb_table(wandb, rows)}, step=step))
+        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
 
     def rewind(self, step: int, owes_evaluation: bool = False) -> None:
         """Drop the rows that a resumed run will write again.
@@ -246,12 +169,20 @@ class Tracker:
                 file.close()
         self._open.clear()
 
-    def close(self) -> None:
-        """Force the journals to disk, close them and finish wandb's run."""
+    def close(self, finished: bool = True) -> None:
+        """Force the journals to disk, close them, and wait until trackers have all rows.
+
+        Args:
+            finished: whether the stage has done its work. Otherwise trackers get less time: a run
+                that is resumed catches up there.
+        """
         self.sync()
         self.close_journals()
-        if self._wandb is not None:
-            self._guard(lambda wandb: self._dashboard.call(wandb.finish, FINISH_SECONDS))
+        if finished and (self.folder / "metrics.jsonl").exists():
+            self._begin()  # a run that was resumed after its last row
+        if self._begun and self._relay is not None and self._tracked is not None:
+            all_sent = self._relay.finish(FINISH_SECONDS if finished else LEAVE_SECONDS)
+            self.tracker_run_id = self._tracked.run_id if all_sent else None
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Append rows to a journal and flush them, so that a kill of this process loses none."""
@@ -264,6 +195,15 @@ class Tracker:
             for row in rows:
                 self._open[name].write(json.dumps(json_value(row), ensure_ascii=False, allow_nan=False) + "\n")
             self._open[name].flush()
+        self._begin()
+        if self._relay is not None:
+            self._relay.heed()
+
+    def _begin(self) -> None:
+        """Tell trackers of the run, once: the run of a stage without rows is in none of them."""
+        if not self._begun and self._relay is not None and self._tracked is not None and self._tracked.names:
+            self._begun = True
+            self._relay.begin(self._tracked)
 
     # -- lines and progress -----------------------------------------------------------------------
 
@@ -281,53 +221,6 @@ class Tracker:
         """
         detail = description.removeprefix(self.stage).strip()
         return ProgressLine(self.console, total, f"{self.stage}: {detail}" if detail else self.stage, start)
-
-    # -- wandb: a convenience that must never stop training ---------------------------------------
-
-    def _start_wandb(self, run: WandbRun) -> None:
-        """Begin or resume a run in wandb."""
-        try:
-            import wandb
-
-            timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_SECONDS))
-            # a redo works in STAGE/.redo, which is removed afterwards
-            stage_folder = self.folder.parent if self.folder.name == ".redo" else self.folder
-            options = {
-                "project": run.settings.project,
-                "name": f"{run.experiment}/{self.stage}",
-                "group": run.experiment,
-                "id": run.run_id or None,
-                "resume": "allow",
-                "mode": run.settings.wandb,
-                "dir": str(stage_folder.parent),
-                "config": run.config,
-                "settings": wandb.Settings(silent=True, console="off", init_timeout=timeout),
-            }
-            # somewhat longer than wandb's own timeout, whose message is the better one
-            self._dashboard.call(lambda: wandb.init(**options), 1.25 * timeout)
-            self._wandb = wandb
-        except Exception as error:  # whatever a network or a service can raise
-            self._lose_wandb(error)
-
-    def _to_wandb(self, metrics: dict[str, Any], step: int) -> None:
-        if self._wandb is not None:
-            self._guard(lambda wandb: wandb.log(metrics, step=step))
-
-    def _guard(self, call: Callable[[Any], Any]) -> None:
-        """Call a function with the wandb module; an error ends the use of wandb, not training."""
-        try:
-            call(self._wandb)
-        except Exception as error:
-            self._lose_wandb(error)
-
-    def _lose_wandb(self, error: Exception) -> None:
-        self._wandb = None
-        self._dashboard.give_up(error)
-
-    @property
-    def tracker_run_id(self) -> str | None:
-        """The run's id in wandb, or None if wandb is off or lost."""
-        return self.run_id if self._wandb is not None else None
 
 
 class ProgressLine:
@@ -464,9 +357,3 @@ def memory_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, elsewhere in KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
-def _wandb_table(wandb: Any, rows: list[dict[str, Any]]) -> Any:
-    """Return rows as a table for wandb, with every key of any row as a column."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return wandb.Table(columns=columns, data=[[str(row.get(column, "")) for column in columns] for row in rows])

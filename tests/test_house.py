@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.trackers.names import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "pipeline", "stages")
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -84,9 +86,10 @@ def test_the_minimal_chain_stands_on_the_formulas_and_the_data():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_wandb_only_in_tracking(path):
+def test_trackers_only_where_runs_are_opened(path):
+    modules = {module for package in PACKAGES.values() for module in package.modules}
     names = {name.split(".")[0] for name in imports(path)}
-    assert "wandb" not in names or name_of(path) == "pipeline.tracking"
+    assert not names & modules or name_of(path) == "pipeline.trackers.kinds"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -106,7 +109,7 @@ import torch
 torch.cuda.is_available = torch.cuda.init = torch.cuda.device_count = refuse
 for name in {names!r}:
     importlib.import_module(name)
-print(sorted({{"wandb", "trl", "datasets", "matplotlib"}} & set(sys.modules)))
+print(sorted({{"wandb", "tensorboard", "trl", "datasets", "matplotlib"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

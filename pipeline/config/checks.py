@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import KINDS, Common, DataSource, ModelSettings, is_hub_id, local_folder, source_paths
+from pipeline.trackers.names import PACKAGES
 
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@|[?&](write_)?(token|key)=")
 
 # Adapter methods that no stage can train, and why.
 IN_FRONT = (
@@ -114,6 +117,7 @@ def check_common(experiment: Common) -> list[str]:
         *adapter_problems(model),
         *strategy_problems(experiment),
         *attention_problems(model),
+        *tracking_problems(experiment),
     ]
 
 
@@ -201,3 +205,33 @@ def attention_problems(model: ModelSettings) -> list[str]:
             "sdpa"
         ]
     return []
+
+
+def tracking_problems(experiment: Common) -> list[str]:
+    """Return a line for each tracker setting that contradicts another, or that holds a secret."""
+    tracking, problems = experiment.tracking, []
+    if tracking.wandb == "off" and "wandb" in tracking.with_:
+        problems.append("tracking.wandb: off, and tracking.with names wandb; leave one of them out")
+    for name, options in tracking.options.items():
+        place = f"tracking.options.{name}"
+        if name not in tracking.trackers:
+            problems.append(f"{place}: {name} is not in tracking.with; add it there, or leave these out")
+            continue
+        for key, value in options.items():
+            if key in PACKAGES[name].ours:
+                problems.append(f"{place}.{key}: is set from the experiment, or resuming would fail; leave it out")
+            elif SECRET.search(key) or holds_password(value):
+                problems.append(
+                    f"{place}.{key}: a config is copied into manifests and must hold no secret; set it in the "
+                    f"environment as {name} documents"
+                )
+    return problems
+
+
+def holds_password(value: Any) -> bool:
+    """Return whether a value, or one inside it, is an address with a password in it."""
+    if isinstance(value, dict):
+        return any(SECRET.search(str(key)) or holds_password(item) for key, item in value.items())
+    if isinstance(value, list):
+        return any(holds_password(item) for item in value)
+    return isinstance(value, str) and PASSWORD_IN_ADDRESS.search(value) is not None

@@ -53,7 +53,7 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
 
 
 def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the fields of a section by the keys that a YAML uses: `from` is a word of Python's."""
+    """Return the fields of a section by the keys of a YAML; `from`, `with` are Python's words."""
     return {info.alias or name: info for name, info in section.model_fields.items()}
 
 

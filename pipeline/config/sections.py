@@ -3,14 +3,16 @@
 It also decides whether a path in a config names a local file, a package or a repository on the Hub.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config.section import Section, setting
+from pipeline.trackers.names import NAMES, TrackerName
 
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
 OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # the stage `world` writes these
@@ -189,10 +191,43 @@ class DataSettings(Section):
 class TrackingSettings(Section):
     """Choose where metrics are sent besides metrics.jsonl."""
 
-    wandb: Literal["off", "online", "offline"] = setting(
-        "off", "Weights & Biases; metrics.jsonl is written in any case"
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    # `with` is a word of Python's own
+    with_: list[TrackerName] = setting(
+        [],
+        "trackers that get the rows of metrics.jsonl, evaluations.jsonl and samples.jsonl: one or several of "
+        f"{', '.join(NAMES)}. A run is one per stage, grouped by experiment. Keys come from the environment",
+        alias="with",
     )
-    project: str = setting("rlhf", "project in Weights & Biases")
+    wandb: Literal["off", "online", "offline"] | None = setting(
+        None,
+        "mode of Weights & Biases; online and offline also add it to `with`. null: online (or what WANDB_MODE says) if "
+        "`with` names wandb, otherwise off",
+    )
+    project: str = setting("rlhf", "project in the trackers (in MLflow and ClearML followed by the experiment's name)")
+    options: dict[str, dict[str, Any]] = setting(
+        {},
+        "further arguments for the start of a tracker, such as {wandb: {entity: my-team, tags: [a, b]}}; no keys or "
+        "passwords",
+    )
+
+    @field_validator("with_", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Return the names of all trackers that are asked for."""
+        also = ["wandb"] if self.wandb in ("online", "offline") else []
+        return tuple(dict.fromkeys([*self.with_, *also]))
+
+    @property
+    def wandb_mode(self) -> str:
+        """Return how wandb runs, if it does: online or offline."""
+        mode = self.wandb or os.environ.get("WANDB_MODE")
+        return "offline" if mode == "offline" else "online"
 
 
 class CheckpointSettings(Section):
@@ -245,6 +280,21 @@ class VllmSettings(Section):
         None,
         "folder through which the policy's weights are handed to vLLM (with bfloat16 half the model's size); null: "
         "the stage's folder; one in memory, such as /dev/shm, is faster",
+    )
+    hand_over: Literal["files", "memory"] = setting(
+        "files",
+        "how weights that have changed get to vLLM; memory: it reads them where they are (CUDA IPC), so it must run on "
+        "rank 0's GPU alone: devices: null, tensor_parallel_size: 1",
+    )
+    adapter_alone: bool = setting(
+        False,
+        "with model.peft.method: lora hand over only the adapter, which vLLM adds to the base model at each step, not "
+        "merged weights; fast for large models",
+    )
+    sleep: bool = setting(
+        False,
+        "let vLLM free its GPU memory between rollouts (its sleep mode, level 1: its weights wait in the machine's "
+        "memory), where it shares a GPU with training",
     )
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 

@@ -40,7 +40,7 @@ RENAMED = {
     "save_safetensors": "leave it out, models are always saved as safetensors",
     "group_by_length": "leave it out, demonstrations are always grouped by length",
     "logging_dir": "use the section tracking",
-    "report_to": "use tracking.wandb",
+    "report_to": "use tracking.with",
     "fp16": "use model.dtype",
     "bf16": "use model.dtype",
     "save_steps": "use checkpoints.every",
@@ -216,7 +216,7 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
         inner = section_in(info.annotation)
         if inner is None or info.alias is not None:  # `experiment` is too common a word to mean from.experiment
             continue
-        if key in inner.model_fields and (name,) != path[:-1]:
+        if key in fields_of(inner) and (name,) != path[:-1]:
             homes.append(dotted((name, key)))
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean {dotted((*path[:-1], near[0]))}?"

@@ -47,8 +47,11 @@ def set_environment(tree: dict[str, Any]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _separate_module_caches()
     launch, tracking = _section(tree, "launch"), _section(tree, "tracking")
-    wandb = tracking.get("wandb")
-    os.environ["WANDB_MODE"] = wandb if wandb in ("online", "offline") else "disabled"
+    wandb, trackers = tracking.get("wandb"), tracking.get("with")
+    if wandb in ("online", "offline"):
+        os.environ["WANDB_MODE"] = wandb
+    elif not (isinstance(trackers, (list, str)) and "wandb" in trackers):
+        os.environ["WANDB_MODE"] = "disabled"
     if launch.get("device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for the libraries that choose a device themselves
     threads = launch.get("threads")

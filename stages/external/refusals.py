@@ -19,13 +19,12 @@ from pipeline.stage import StageRun
 from pipeline.store.integrity import sha256_json
 from pipeline.tracking import json_value
 from stages.evaluation.forms import DESCRIPTIONS, Answer, Form, Query, form_of_base, make_query, parse_answer
-from stages.evaluation.greedy import LIKELIEST
 from stages.evaluation.statistics import share_estimate
 from stages.evaluation.writing import write_jsonl
 from stages.external.patterns import Pattern, read_patterns, refusal_in
 from stages.external.share_difference import share_difference
 from stages.models.loading import load_policy, load_tokenizer
-from stages.rollouts.transformers import Decoding, sample
+from stages.rollouts.transformers import LIKELIEST, Decoding, sample
 from stages.settings.checks import context_of
 from stages.settings.experiment import Experiment
 from stages.settings.refusals import SETS, RefusalsSettings, measured_policies, parts_of

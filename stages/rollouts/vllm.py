@@ -1,8 +1,9 @@
 """Sample with vLLM, which runs in a process and a Python environment of its own (`vllm_server.py`).
 
-One vLLM serves all ranks. Rank 0 talks to it, and hands the policy's weights over as files. vLLM's
-log-probabilities differ a little from the trainer's, so PPO computes those of its samples again and
-watches the KL between both.
+One vLLM serves all ranks. Rank 0 talks to it, and hands the policy's weights over: as files, in
+shared memory, or of a policy with an adapter only that (`handover.py`). vLLM's log-probabilities
+differ a little from the trainer's, so PPO computes those of its samples again and watches the KL
+between both.
 """
 
 import json
@@ -28,9 +29,10 @@ from torch import nn
 from data.streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.models.adapters import unwrapped
+from stages.models.adapters import is_adapted, unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
 from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
+from stages.rollouts.handover import batches, handle_of, lora_arguments, shareable, write_adapter
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
 SECONDS_TO_END = 10.0
@@ -61,6 +63,12 @@ class VllmOptions:
     """Seconds without an answer after which vLLM counts as lost."""
     arguments: dict[str, Any]
     """Further arguments of vllm.LLM."""
+    through_memory: bool = False
+    """Whether weights that have changed are handed over in shared memory, not in files."""
+    adapter_alone: bool = False
+    """Whether of a policy with an adapter only that is handed over."""
+    sleeps: bool = False
+    """Whether vLLM frees its GPU memory between rollouts."""
     other_models: bool = False
     """Whether weights of other models than the first one will follow."""
 
@@ -89,6 +97,9 @@ def make_vllm(spec: EngineSpec) -> "Vllm":
         dtype=spec.dtype,
         timeout=spec.timeout,
         arguments=arguments | launch["options"],
+        through_memory=launch["hand_over"] == "memory",
+        adapter_alone=launch["adapter_alone"],
+        sleeps=launch["sleep"],
         other_models=spec.other_models,
     )
     return Vllm(options)
@@ -107,6 +118,7 @@ class Vllm:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self.timeout = options.timeout
         self.unties_head = False
+        self.adapters = 0  # how many were handed over alone
         self.process: subprocess.Popen | None = None
         self.connection: socket.socket | None = None
         self.finalizer: weakref.finalize | None = None
@@ -124,20 +136,18 @@ class Vllm:
                 differently from its modules.
         """
         options = self.options
+        lora = lora_arguments(model) if self._hands_over_adapter(model) else None  # it may refuse
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
         model_type = unwrapped(model).config.model_type
         parallel.from_rank_zero(lambda: refuse_other_names(names, options.model, model_type))
         parallel.from_rank_zero(self._launch)
-        # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
-        # embedding
-        embedding = unwrapped(model).get_input_embeddings().weight
-        self.unties_head = tied_head(model) is not None and (embedding.requires_grad or options.other_models)
-        arguments = self._arguments()
-        if self.unties_head:
-            overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
-            arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
         try:
-            self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
+            if lora is None:
+                self._start_with_weights(model, poll)
+            else:
+                # vLLM reads the base model, which does not change, from the folder it came from
+                self._ask({"start": {"model": str(options.model)} | self._arguments() | lora}, poll)
+                self._hand_over_adapter(model)
         except EngineLost as lost:
             raise EngineLost(f"{lost}, with {options.python}") from lost
 
@@ -159,8 +169,15 @@ class Vllm:
             raise EngineLost(f"{lost}, with {options.python}") from lost
 
     def update_weights(self, model: nn.Module) -> None:
-        """Hand the weights of `model` over: adapters merged, shards gathered layer by layer."""
-        self._hand_over(model, lambda folder: {"weights": folder}, lambda: None)
+        """Hand the weights of `model` over: adapters merged or alone, shards gathered by layer."""
+        if self.options.sleeps and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # vLLM wakes up for the weights, and needs its memory again
+        if self._hands_over_adapter(model):
+            self._hand_over_adapter(model)
+        elif self.options.through_memory:
+            self._share(model)
+        else:
+            self._hand_over(model, lambda folder: {"weights": folder}, lambda: None)
 
     def sample(self, request: SampleRequest, poll: Callable[[], None] = lambda: None) -> Sampled:
         """Return one response to each prompt, on all ranks; vLLM gives no entropies (0)."""
@@ -173,7 +190,11 @@ class Vllm:
             "top_k": request.top_k,
             "top_p": request.top_p,
         }
+        if self.options.sleeps and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         responses, logprobs = self._ask({"generate": message}, poll)
+        if self.options.sleeps:
+            self._ask({"sleep": None}, poll)
         lengths = [len(r) for r in responses]
         if len(lengths) != len(request.prompts) or lengths != [len(row) for row in logprobs]:
             raise EngineLost("vLLM returned a wrong number of responses or log-probabilities")
@@ -190,7 +211,20 @@ class Vllm:
 
     def _arguments(self) -> dict[str, Any]:
         """Return the arguments of vllm.LLM, except the model."""
-        return {"dtype": self.options.dtype} | self.options.arguments
+        sleep = {"enable_sleep_mode": True} if self.options.sleeps else {}
+        return {"dtype": self.options.dtype} | self.options.arguments | sleep
+
+    def _start_with_weights(self, model: nn.Module, poll: Callable[[], None]) -> None:
+        """Start vLLM on a folder with the weights of `model`."""
+        # vLLM 0.32 copies a head that is the embedding once, and does not update it with the
+        # embedding
+        embedding = unwrapped(model).get_input_embeddings().weight
+        self.unties_head = tied_head(model) is not None and (embedding.requires_grad or self.options.other_models)
+        arguments = self._arguments()
+        if self.unties_head:
+            overrides = dict(arguments.get("hf_overrides") or {})  # the user's own
+            arguments["hf_overrides"] = overrides | {"tie_word_embeddings": False}
+        self._hand_over(model, lambda folder: {"start": {"model": folder} | arguments}, poll)
 
     def _launch(self) -> None:
         """Start the process. Only rank 0 calls this."""
@@ -223,6 +257,31 @@ class Vllm:
         self._ask(message(str(folder)), poll)
         if parallel.is_rank_zero():
             shutil.rmtree(folder, ignore_errors=True)  # half a model or more, and maybe in memory
+
+    def _hands_over_adapter(self, model: nn.Module) -> bool:
+        return self.options.adapter_alone and is_adapted(model)
+
+    def _hand_over_adapter(self, model: nn.Module) -> None:
+        """Write the adapter, name its folder to vLLM, and remove the folder of the one before."""
+        self.adapters += 1
+        folder = self.options.folder / f"adapter-{self.adapters}"
+        problem = write_adapter(model, folder, self.dtype)
+        problem = parallel.from_rank_zero(lambda: problem)
+        if problem:
+            raise EngineLost(f"vLLM cannot be given the adapter: {problem}")
+        self._ask({"adapter": str(folder)}, lambda: None)
+        if parallel.is_rank_zero():
+            # vLLM may read its current adapter again, so that one stays
+            shutil.rmtree(folder.with_name(f"adapter-{self.adapters - 1}"), ignore_errors=True)
+
+    def _share(self, model: nn.Module) -> None:
+        """Hand the weights over in shared memory, a batch at a time. All ranks gather."""
+        skipped = None if self.unties_head else tied_head(model)
+        # in the loop on all ranks: gathering a sharded weight takes all of them
+        weights = ((name, shareable(x, self.dtype)) for name, x in file_tensors(model) if name != skipped)
+        for batch, is_last in batches(weights):
+            handles = parallel.from_rank_zero(lambda batch=batch: [[name, handle_of(x)] for name, x in batch.items()])
+            self._ask({"tensors": handles, "last": is_last}, lambda: None)
 
     def _ask(self, message: dict, poll: Callable[[], None]) -> Any:
         """Send a message from rank 0; return vLLM's answer, or raise EngineLost, on all ranks."""

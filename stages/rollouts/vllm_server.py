@@ -2,6 +2,10 @@
 
     {"start": {LLM's arguments}}                                        → {"ok": vLLM's version}
     {"weights": folder of safetensors}                                  → {"ok": null}
+    {"tensors": [[name, handle of shared memory]], "last": whether this
+    batch of weights is the last one}                                   → {"ok": null}
+    {"adapter": folder of a LoRA adapter}                               → {"ok": null}
+    {"sleep": null}  free GPU memory until the next request             → {"ok": null}
     {"generate": {prompts, seeds, max_tokens, temperature, eos_id,
     top_k, top_p}}                                                      → {"ok": [[ids],
     [log-probs]]}
@@ -12,14 +16,18 @@ closed, whatever it is doing. It imports nothing of this project, which is not i
 environment.
 """
 
+import base64
 import glob
+import io
 import json
 import os
+import pickle
 import queue
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -34,16 +42,25 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue = queue.Queue()
     threading.Thread(target=listen, args=(connection, requests), daemon=True).start()
-    engine = None
+    engine, adapter, is_asleep = None, None, False
     while True:
         request = requests.get()
         try:
+            if is_asleep:
+                engine.wake_up()
+            is_asleep, answer = "sleep" in request, None
             if "start" in request:
                 engine, answer = start(request["start"])
             elif "weights" in request:
-                answer = load_weights(engine, request["weights"])
+                load_weights(engine, request["weights"])
+            elif "tensors" in request:
+                load_shared(engine, request, requests, connection)
+            elif "adapter" in request:
+                adapter = load_adapter(engine, request["adapter"], adapter)
+            elif "sleep" in request:
+                engine.sleep(level=1)  # weights go to the machine's memory, the cache is forgotten
             else:
-                answer = generate(engine, **request["generate"])
+                answer = generate(engine, adapter, **request["generate"])
             reply = {"ok": answer}
         except Exception as error:  # of any kind: the trainer has to know
             reply = {"error": f"{type(error).__name__}: {error}"}
@@ -79,8 +96,67 @@ def load_weights(engine: Any, folder: str) -> None:
     engine.reset_prefix_cache()  # it holds keys and values of the old weights
 
 
+def load_shared(engine: Any, first: dict, requests: queue.Queue, connection: socket.socket) -> None:
+    """Load weights in place from memory that the trainer shares, a batch at a time.
+
+    Args:
+        engine: vLLM, in this process.
+        first: The request with the first batch.
+        requests: Where the requests with the others come from.
+        connection: Where each batch but the last one is acknowledged; the trainer then sends the
+            next one. The last one is acknowledged like any request.
+    """
+
+    def received() -> Iterator[tuple[str, Any]]:
+        request = first
+        while True:
+            for name, handle in request["tensors"]:
+                yield name, opened(handle)
+            if request["last"]:
+                return
+            connection.sendall(json.dumps({"ok": None}).encode() + b"\n")
+            request = requests.get()
+
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": received()})
+    engine.reset_prefix_cache()
+
+
+def opened(handle: str) -> Any:
+    """Return the tensor that a handle names, without a copy.
+
+    It comes from the trainer at the other end of the connection, so it is safe to unpickle.
+    """
+    import torch
+    from torch.multiprocessing import reductions
+
+    def on_this_device(*args: Any) -> Any:
+        """Open memory of the GPU, which may have another number in the trainer."""
+        return reductions.rebuild_cuda_tensor(*args[:6], torch.cuda.current_device(), *args[7:])
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return on_this_device if name == "rebuild_cuda_tensor" else super().find_class(module, name)
+
+    return Unpickler(io.BytesIO(base64.b64decode(handle))).load()
+
+
+def load_adapter(engine: Any, folder: str, before: Any) -> Any:
+    """Load an adapter in place of the one before; return what `generate` names it by."""
+    from vllm.lora.request import LoRARequest
+
+    number = 1 if before is None else before.lora_int_id + 1
+    if before is not None:
+        engine.llm_engine.remove_lora(before.lora_int_id)
+    # another name each time: keys and values in the prefix cache are filed under it
+    adapter = LoRARequest(f"policy-{number}", number, folder)
+    engine.llm_engine.add_lora(adapter)
+    engine.reset_prefix_cache()
+    return adapter
+
+
 def generate(
     engine: Any,
+    adapter: Any,
     prompts: list[list[int]],
     seeds: list[int],
     max_tokens: int,
@@ -93,6 +169,7 @@ def generate(
 
     Args:
         engine: vLLM.
+        adapter: The policy's adapter, if it is handed over alone; otherwise None.
         prompts: Token ids.
         seeds: One for each prompt.
         max_tokens: The longest response, EOS included.
@@ -111,7 +188,8 @@ def generate(
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
     options |= {"top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p}  # 0 and 1: all
     params = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    options = {} if adapter is None else {"lora_request": adapter}
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **options)
     completions = [output.outputs[0] for output in outputs]
     responses = [list(completion.token_ids) for completion in completions]
     logprobs = [

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from pipeline.config.help import section_in
+from pipeline.config.help import fields_of, section_in
 
 
 def defaults_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -20,7 +20,7 @@ def defaults_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         hold once it is set are there too.
     """
     defaults: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         if field.is_required():
             continue
         key = f"{prefix}.{name}" if prefix else name

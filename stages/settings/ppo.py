@@ -8,7 +8,7 @@ from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
-from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, missing_engine
+from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
 from stages.settings.scorers.scorer import Scorer, names_of, scorer_files, scorer_problems, scorer_stages
@@ -300,7 +300,7 @@ def check(experiment: "Experiment") -> list[str]:
         if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
             lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
     lines += reward_problems(settings) + advantage_problems(settings)
-    lines += correction_problems(settings.rollout)
+    lines += correction_problems(settings.rollout) + hand_over_problems(experiment)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
         lines.append(f"launch.vllm.options: ppo sets {name} itself; leave it out")
     if settings.publish_ema and settings.ema_decay is None:

@@ -25,6 +25,11 @@ SET_BY_PPO = (  # arguments of vLLM that `make_vllm`, `Vllm` and vllm_server.py 
     "generation_config",
     "disable_log_stats",
     "enable_chunked_prefill",
+    "enable_lora",
+    "max_lora_rank",
+    "max_loras",
+    "max_cpu_loras",
+    "enable_sleep_mode",
 )
 
 
@@ -93,6 +98,25 @@ def correction_problems(settings: RolloutSettings) -> list[str]:
             f"{largest:g}; use less, at most 1"
         ]
     return []
+
+
+def hand_over_problems(experiment: "Experiment") -> list[str]:
+    """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
+    launch, peft, lines = experiment.launch.vllm, experiment.model.peft, []
+    if not uses_vllm(experiment, "ppo"):
+        return []
+    if launch.hand_over == "memory" and (launch.devices is not None or launch.tensor_parallel_size > 1):
+        lines.append(
+            "launch.vllm.hand_over: memory works only on the GPU that the weights are on; use files, or leave out "
+            "devices and tensor_parallel_size"
+        )
+    if launch.adapter_alone and (peft is None or peft.method != "lora"):
+        method = "null" if peft is None else peft.method
+        lines.append(
+            f"launch.vllm.adapter_alone: vLLM takes only LoRA, and model.peft.method is {method}; use lora, or leave "
+            f"it out"
+        )
+    return lines
 
 
 OF_FINISHED = (

@@ -11,6 +11,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.trackers.names import PACKAGES, is_installed
+
 PROJECT = "rlhf-pipeline"
 GOOD, NOTE, BAD = "✓", "–", "✗"
 DISK = 3
@@ -107,7 +109,7 @@ def check_storage(artifacts: str | Path) -> Iterator[Line]:
 
 
 def check_network(experiment: Any) -> Iterator[Line]:
-    """Report whether the Hub, telemetry and wandb are used."""
+    """Report whether the Hub, telemetry and trackers are used."""
     offline = is_set("HF_HUB_OFFLINE")
     yield Line(GOOD, "the Hub", "offline (HF_HUB_OFFLINE)" if offline else "used for what the config names")
     silent = is_set("HF_HUB_DISABLE_TELEMETRY") or offline
@@ -117,25 +119,28 @@ def check_network(experiment: Any) -> Iterator[Line]:
         "off" if silent else "on",
         "" if silent else "export HF_HUB_DISABLE_TELEMETRY=1",
     )
-    mode = experiment.tracking.wandb if experiment else "off"
-    if mode == "off":
-        yield Line(GOOD, "wandb", "off; metrics.jsonl is always written")
-    elif util.find_spec("wandb") is None:
-        yield Line(
-            NOTE,
-            "wandb",
-            f"not installed (tracking.wandb is {mode}); training continues without it",
-            f"{pip()} install wandb, or tracking.wandb: off",
-        )
-    elif mode == "offline" or logged_in():
-        yield Line(GOOD, "wandb", mode + (", logged in" if mode == "online" else ""))
-    else:
-        yield Line(
-            NOTE,
-            "wandb",
-            "not logged in, and tracking.wandb is online; training continues without it",
-            "wandb login, or tracking.wandb: offline",
-        )
+    names = experiment.tracking.trackers if experiment else ()
+    if not names:
+        yield Line(GOOD, "trackers", "none; metrics.jsonl is always written")
+    for name in names:
+        yield check_tracker(name, experiment.tracking.wandb_mode)
+
+
+def check_tracker(name: str, wandb_mode: str) -> Line:
+    """Report whether a tracker that the config asks for can be used."""
+    if not is_installed(name):
+        install = f"{pip()} install {PACKAGES[name].install}"
+        return Line(BAD, name, "not installed, and tracking.with names it", f"{install}, or leave it out")
+    if name != "wandb":
+        return Line(GOOD, name, "installed")
+    if wandb_mode == "offline" or logged_in():
+        return Line(GOOD, name, wandb_mode + (", logged in" if wandb_mode == "online" else ""))
+    return Line(
+        NOTE,
+        name,
+        "not logged in, and asked for online; training continues without it",
+        "wandb login, or tracking.wandb: offline",
+    )
 
 
 def is_set(name: str) -> bool:

@@ -1,17 +1,14 @@
-"""Test tracking: journals without times, rewinding, progress lines, and failures of wandb."""
+"""Test tracking: journals without times, rewinding, progress lines."""
 
 import json
-import sys
-import threading
 from types import SimpleNamespace
 
 import numpy
-import pytest
 import torch
 from rich.console import Console
 
 from pipeline import tracking
-from pipeline.tracking import Tracker, WandbRun, format_number, json_value
+from pipeline.tracking import Tracker, format_number, json_value
 
 
 def rows(path):
@@ -169,16 +166,14 @@ def test_peak_memory_is_measured_per_stage(tmp_path, monkeypatch):
     assert rows(tmp_path / "timing.jsonl")[0]["memory_gb"] == 3.0
 
 
-def test_wandb_gets_the_times_too(tmp_path, monkeypatch):
-    told = []
-    nothing = lambda *_, **__: None  # noqa: E731
-    log = lambda metrics, step: told.append(metrics)  # noqa: E731
-    fake = SimpleNamespace(init=nothing, log=log, finish=nothing, Settings=dict)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = Tracker(tmp_path, "sft", WandbRun(Settings(), "id", "small"))
+def test_times_are_there_before_the_metrics(tmp_path):
+    """A tracker that sees a row of metrics.jsonl finds its times."""
+    seen = []
+    tracker = Tracker(tmp_path, "sft")
+    append = tracker._append
+    tracker._append = lambda name, new: (seen.append(name), append(name, new))
     tracker.log(1, {"loss": 1.0}, 0.5, 100)
-    tracker.close()
-    assert told[0]["loss"] == 1.0 and told[0]["time/tokens_per_second"] == 200.0 and told[0]["time/memory_gb"] > 0
+    assert seen == ["timing.jsonl", "metrics.jsonl"]
 
 
 def test_progress_draws_a_bar_on_a_terminal(tmp_path, capsys):
@@ -186,86 +181,3 @@ def test_progress_draws_a_bar_on_a_terminal(tmp_path, capsys):
     with Tracker(tmp_path, "ppo", console=console).progress(10, "updates") as progress:
         progress.update(5, loss=0.25)
     assert "ppo: updates" in capsys.readouterr().out
-
-
-class Settings(SimpleNamespace):
-    wandb, project = "offline", "p"
-
-
-@pytest.mark.parametrize("broken", ["import", "init", "log"])
-def test_a_wandb_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch, capsys, broken):
-    def fail(*_, **__):
-        raise RuntimeError("no network\nand a long story")
-
-    fine = lambda *_, **__: None  # noqa: E731
-    fake = SimpleNamespace(init=fine, log=fine, finish=fine, Settings=fine, Table=fine)
-    if broken != "import":
-        setattr(fake, broken, fail)
-    monkeypatch.setitem(sys.modules, "wandb", None if broken == "import" else fake)
-    tracker = Tracker(tmp_path, "ppo", WandbRun(Settings(), "id", "small"))
-    for step in (1, 2):
-        tracker.log(step, {"loss": 1.0})
-    tracker.close()
-    assert capsys.readouterr().err.count("warning: wandb failed") == 1
-    assert len(rows(tmp_path / "metrics.jsonl")) == 2 and tracker.tracker_run_id is None
-
-
-@pytest.mark.parametrize("hangs", ["init", "finish"])
-def test_an_unresponsive_wandb_is_given_up(tmp_path, monkeypatch, capsys, hangs):
-    """It is given up after some seconds, and the command's later stages do not try it again."""
-    held, begun = threading.Event(), []
-
-    def init(**options):
-        begun.append(options["name"])
-        if hangs == "init":
-            held.wait()
-
-    nothing = lambda *_, **__: None  # noqa: E731
-    fake = SimpleNamespace(init=init, log=nothing, finish=held.wait if hangs == "finish" else nothing, Settings=dict)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "0.1")
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
-    dashboard = tracking.Dashboard()
-    for stage in ("base", "sft"):
-        (tmp_path / stage).mkdir()
-        tracker = Tracker(tmp_path / stage, stage, WandbRun(Settings(), "id", "small"), dashboard=dashboard)
-        tracker.log(1, {"loss": 1.0})
-        tracker.close()
-        assert len(rows(tmp_path / stage / "metrics.jsonl")) == 1
-    held.set()
-    assert begun == ["small/base"] and tracker.tracker_run_id is None
-    said = capsys.readouterr().err
-    assert said.startswith("warning: wandb failed (no answer within 0 s); this command continues without it") and (
-        said.count("\n") == 1
-    )
-
-
-def test_wandb_has_a_short_timeout(tmp_path, monkeypatch):
-    """wandb's own default is a minute and a half."""
-    given = {}
-    nothing = lambda *_, **__: None  # noqa: E731
-    init = lambda **options: given.update(options["settings"])  # noqa: E731
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, log=nothing, finish=nothing, Settings=dict))
-    tracker = Tracker(tmp_path, "ppo", WandbRun(Settings(), "id", "small"))
-    tracker.close()
-    assert given["init_timeout"] <= 10 and tracker.tracker_run_id == "id"
-
-
-def test_the_stages_of_a_command_share_the_state_of_wandb(world, monkeypatch, capsys):
-    """The next command tries again."""
-    begun = []
-
-    def init(**options):
-        begun.append(options["name"])
-        raise RuntimeError("no network")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
-    world.run("page", "tracking.wandb=online")
-    assert begun == ["small/text"] and capsys.readouterr().err.count("wandb failed (no network)") == 1
-    world.run("page", "tracking.wandb=online", force=True)
-    assert begun == ["small/text", "small/page"]
-
-
-def test_wandb_is_not_imported_when_it_is_off(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
-    Tracker(tmp_path, "ppo", WandbRun(Settings(wandb="off"), "id")).log(1, {})

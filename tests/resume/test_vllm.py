@@ -125,12 +125,6 @@ def test_its_samples_are_weighed_where_it_draws_from_another_distribution(oracle
     assert first["val/engine_kl"] == plain["val/engine_kl"] and first["grad_norm/ppo"] != plain["grad_norm/ppo"]
 
 
-def test_settings_of_a_correction_that_is_not_asked_for_are_refused(oracle, tmp_path, capfd):
-    root = copy_without(oracle, tmp_path, "ppo")
-    assert rlhf(*command(root, "ppo.rollout.correction_clip_max=2")) == 2
-    assert "ppo.rollout.correction_clip_max: has no effect without a correction" in capfd.readouterr().err
-
-
 @pytest.mark.slow
 def test_two_processes_weigh_as_one(oracle, tmp_path):
     settings = (
@@ -153,6 +147,19 @@ def test_two_processes_weigh_as_one(oracle, tmp_path):
 def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
     root = copy_without(oracle, tmp_path, "ppo")
     settings = (f"launch.strategy={strategy}", f"model.peft={peft}")
+    assert rlhf("run", "rm", "-c", str(CONFIG), "--artifacts", str(root), f"model.peft={peft}") == 0
+    assert rlhf_together(*command(root, *settings)) == [0, 0]
+    rows = rows_of(root / "micro" / "ppo", "metrics.jsonl")
+    assert len(rows) == 8 and all(0 <= row["val/engine_kl"] < 1e-6 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "peft, how", [("null", "launch.vllm.hand_over=memory"), ("{method: lora, r: 2}", "launch.vllm.adapter_alone=true")]
+)
+def test_two_processes_with_shards_hand_over_without_files_of_weights(oracle, tmp_path, peft, how):
+    root = copy_without(oracle, tmp_path, "ppo")
+    settings = ("launch.strategy=fsdp2", f"model.peft={peft}", how, "launch.vllm.sleep=true")
     assert rlhf("run", "rm", "-c", str(CONFIG), "--artifacts", str(root), f"model.peft={peft}") == 0
     assert rlhf_together(*command(root, *settings)) == [0, 0]
     rows = rows_of(root / "micro" / "ppo", "metrics.jsonl")

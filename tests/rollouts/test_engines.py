@@ -20,6 +20,9 @@ VLLM_DEFAULTS = {  # of the section launch.vllm
     "tensor_parallel_size": 1,
     "gpu_memory_utilization": 0.3,
     "folder": None,
+    "hand_over": "files",
+    "adapter_alone": False,
+    "sleep": False,
     "options": {},
 }
 

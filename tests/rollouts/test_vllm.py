@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.rollouts.engine import EngineLost, SampleRequest
+from stages.rollouts.handover import batches
 from stages.rollouts.vllm import Vllm, VllmOptions, write_model
 from tests.builders import EOS, tiny_causal
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 11]]
 SEEDS = [11, 12, 13]
+MEMORY, ALONE = {"through_memory": True}, {"adapter_alone": True}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,11 @@ def python(tmp_path_factory):
     return str(script)
 
 
-def made(folder, line, python, poll=lambda: None, policy=None, **options):
-    """Return a started vLLM with the model in `folder`; a stand-in gets `options`."""
+def made(folder, line, python, poll=lambda: None, policy=None, how=None, **options):
+    """Return a started vLLM with the model in `folder`; a stand-in gets `options`.
+
+    how: Fields of VllmOptions about handing weights over, and sleep.
+    """
     settings = VllmOptions(
         model=folder,
         folder=line,
@@ -64,6 +69,7 @@ def made(folder, line, python, poll=lambda: None, policy=None, **options):
         dtype="float32",
         timeout=300.0,
         arguments={"max_model_len": 64} | options,
+        **(how or {}),
     )
     engine = Vllm(settings)
     engine.start(loaded(folder) if policy is None else policy, poll)
@@ -135,6 +141,95 @@ def test_weights_follow_the_policy(folder, engine, method):
     engine.update_weights(policy)
     assert_of(policy, sample(engine))
     assert not list(engine.options.folder.iterdir()), "the weights are left there"
+
+
+def change(policy, by=0.2):
+    """Move all weights that train."""
+    for p in trainable_parameters(policy).values():
+        p.data += by * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method, size", [(None, 2000), ("dora", 2**31)])
+def test_weights_in_shared_memory(folder, python, tmp_path, monkeypatch, method, size):
+    """In one batch and in several; nothing is written, and the policy stays where it is."""
+    monkeypatch.setattr("stages.rollouts.vllm.batches", lambda tensors: batches(tensors, size))
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
+    with contextlib.closing(made(folder, tmp_path / "line", python, how={"through_memory": True})) as engine:
+        change(policy)
+        monkeypatch.setattr("stages.rollouts.vllm.write_model", None)
+        engine.update_weights(policy)
+        assert not any(p.is_shared() for p in policy.parameters())
+        assert_of(policy, sample(engine))
+        change(policy)
+        engine.update_weights(policy)
+        assert_of(policy, sample(engine))
+        assert not list(engine.options.folder.iterdir())
+
+
+def test_batches_hold_every_tensor_once():
+    tensors = {str(n): torch.zeros(n) for n in (3, 1, 50, 2, 2)}
+    found = list(batches(iter(tensors.items()), 20))
+    assert [list(batch) for batch, _ in found] == [["3", "1"], ["50"], ["2"]]
+    assert [is_last for _, is_last in found] == [False, False, True]
+
+
+def test_an_error_in_the_middle_of_shared_weights_is_reported(folder, python, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.rollouts.vllm.batches", lambda tensors: batches(tensors, 2000))
+    with contextlib.closing(made(folder, tmp_path / "line", python, how={"through_memory": True})) as engine:
+        monkeypatch.setattr("stages.rollouts.vllm.handle_of", lambda x: "bm9uc2Vuc2U=")
+        with pytest.raises(EngineLost, match="vLLM says UnpicklingError"):
+            engine.update_weights(loaded(folder))
+        monkeypatch.undo()
+        engine.update_weights(loaded(folder))
+        assert_of(loaded(folder), sample(engine))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_alone(python, tmp_path, tied):
+    """vLLM starts with the base model's own files, and gets every adapter; the last one stays."""
+    folder = saved(tmp_path / "model", tie_word_embeddings=tied)
+    policy = with_adapter(loaded(folder), AdapterSettings(method="lora", r=2))
+    change(policy)
+    options = {"policy": policy, "how": {"adapter_alone": True}}
+    with contextlib.closing(made(folder, tmp_path / "line", python, **options)) as engine:
+        assert_of(policy, sample(engine))
+        for n in (2, 3):
+            change(policy)
+            engine.update_weights(policy)
+            assert_of(policy, sample(engine))
+            written = [file.relative_to(engine.options.folder).as_posix() for file in engine.options.folder.rglob("*")]
+            assert sorted(written) == [
+                f"adapter-{n}", f"adapter-{n}/adapter_config.json", f"adapter-{n}/adapter_model.safetensors"
+            ]  # fmt: skip
+
+
+def test_a_policy_without_an_adapter_is_handed_over_whole(folder, python, tmp_path):
+    with contextlib.closing(made(folder, tmp_path / "line", python, how={"adapter_alone": True})) as engine:
+        policy = loaded(folder)
+        change(policy)
+        engine.update_weights(policy)
+        assert_of(policy, sample(engine))
+
+
+@pytest.mark.parametrize("method, why", [("dora", "only LoRA"), ("ia3", "only LoRA"), ("lora", "no rank above 512")])
+def test_adapters_that_vllm_does_not_take_alone(folder, python, tmp_path, method, why):
+    policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=513 if method == "lora" else 2))
+    with pytest.raises(UserError, match=f"launch.vllm.adapter_alone: .*{why}.*; set it to false"):
+        made(folder, tmp_path / "line", python, policy=policy, how={"adapter_alone": True})
+
+
+@pytest.mark.parametrize("how", [MEMORY, ALONE])
+def test_it_sleeps_between_rollouts(folder, python, tmp_path, how):
+    """It wakes up for weights and for samples, whatever comes first."""
+    policy = with_adapter(loaded(folder), AdapterSettings(method="lora", r=2))
+    options = {"policy": policy, "how": {"sleeps": True} | how}
+    with contextlib.closing(made(folder, tmp_path / "line", python, **options)) as engine:
+        for _ in range(2):
+            assert_of(policy, sample(engine))
+            assert_of(policy, sample(engine))
+            change(policy)
+            engine.update_weights(policy)
+        assert (tmp_path / "log").read_text().count("asleep") == 4
 
 
 @pytest.mark.parametrize("method", [None, "lora"])
@@ -263,14 +358,14 @@ def test_if_it_hangs_it_is_lost_and_killed(folder, python, tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif("RLHF_VLLM" not in os.environ, reason="RLHF_VLLM names no Python with vLLM")
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", [None, "lora"])
-def test_the_real_one(tmp_path, method, tied):
+@pytest.mark.parametrize("method, how", [(None, {}), ("lora", {}), (None, MEMORY), ("lora", MEMORY), ("lora", ALONE)])
+def test_the_real_one(tmp_path, method, how, tied):
     """A model of a width that vLLM's kernels support; weights that change; seeds that repeat."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 64}
     folder = saved(tmp_path / "model", **shape, vocab_size=64, tie_word_embeddings=tied)
     policy = with_adapter(loaded(folder), AdapterSettings(method=method, r=2))
     options = {"max_model_len": 48, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.1}
-    options |= {"enforce_eager": True, "skip_tokenizer_init": True, "policy": policy}
+    options |= {"enforce_eager": True, "skip_tokenizer_init": True, "policy": policy, "how": how}
     with contextlib.closing(made(folder, tmp_path / "line", os.environ["RLHF_VLLM"], **options)) as engine:
         sampled = sample(engine)
         assert_of(policy, sampled, within=1e-3)
@@ -283,3 +378,5 @@ def test_the_real_one(tmp_path, method, tied):
             assert_of(policy, sampled, within=1e-3)
         engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-3)
+        for truncation in ({"top_k": 1}, {"top_p": 1e-6}):
+            assert not sample(engine, **truncation).logprobs.any()

@@ -146,6 +146,43 @@ def test_settings_that_exclude_each_other(tmp_path, overrides, start):
     assert line.startswith(start)
 
 
+@pytest.mark.parametrize(
+    "overrides, start",
+    [
+        (["correction_clip_max=2.0"], "ppo.rollout.correction_clip_max: has no effect without a correction"),
+        (["correction=none", "correction_outliers=mask"], "ppo.rollout.correction_outliers: has no effect"),
+        (["correction=token", "correction_clip_min=3.5"], "ppo.rollout.correction_clip_min: 3.5 is not below"),
+        (["correction=tokens"], "ppo.rollout.correction: "),
+    ],
+)
+def test_a_correction_that_cannot_be(tmp_path, overrides, start):
+    (line,) = problems(tmp_path, *(f"ppo.rollout.{setting}" for setting in overrides))
+    assert line.startswith(start)
+
+
+def test_corrections_that_can_be(tmp_path):
+    assert loaded(tmp_path, "ppo.rollout.correction=none").ppo.rollout.correction is None
+    for settings in ("{correction: token}", "{correction: sequence, correction_clip_max: 2, correction_clip_min: 0.5}"):
+        assert problems(tmp_path, f"ppo.rollout={settings}") == []
+
+
+def test_how_vllm_gets_weights_fits_where_it_runs_and_what_trains(tmp_path):
+    engine = "ppo.rollout.engine=vllm"
+    for settings in ("{hand_over: memory, devices: '1'}", "{hand_over: memory, tensor_parallel_size: 2}"):
+        (line,) = problems(tmp_path, engine, f"launch.vllm={settings}")
+        assert "launch.vllm.hand_over: memory works only on the GPU that the weights are on" in line
+    for peft in ("null", "{method: dora}"):
+        (line,) = problems(tmp_path, engine, "launch.vllm.adapter_alone=true", f"model.peft={peft}")
+        assert "launch.vllm.adapter_alone: vLLM takes only LoRA" in line
+        assert (
+            problems(tmp_path, "launch.vllm.adapter_alone=true", f"model.peft={peft}") == []
+        )  # the engine is not vllm
+    fine = "launch.vllm={hand_over: memory, adapter_alone: true, sleep: true}"
+    assert problems(tmp_path, engine, fine, "model.peft={method: lora}") == []
+    (line,) = problems(tmp_path, engine, "launch.vllm.options={enable_lora: true}")
+    assert "launch.vllm.options: ppo sets enable_lora itself" in line
+
+
 def test_losses_that_fit_together(tmp_path):
     weighted = ("dpo.loss_type=[robust,sft]", "dpo.loss_weights=[1.0,0.2]", "dpo.label_smoothing=0.1")
     ensemble = ("rm.ensemble=3", "ppo.reward_ensemble=min", "evaluate.reward_ensemble=min")

@@ -119,7 +119,7 @@ def test_a_key_of_another_section(tmp_path):
     [
         ("warmup_ratio", "warmup_steps"), ("evaluation_strategy", "eval_steps"), ("overwrite_output_dir",
         "--force"), ("no_cuda", "launch.device: cpu"), ("save_safetensors", "always"), ("group_by_length",
-        "always"), ("logging_dir", "tracking"), ("report_to", "tracking.wandb"), ("bf16", "model.dtype"),
+        "always"), ("logging_dir", "tracking"), ("report_to", "tracking.with"), ("bf16", "model.dtype"),
         ("fp16", "model.dtype"), ("save_steps", "checkpoints.every"), ("save_total_limit",
         "checkpoints.keep"), ("max_seq_length", "max_length"), ("vf_coef", "separate optimizers"),
         ("init_kl_coef", "kl_coef"), ("torch_dtype", "model.dtype"), ("lr", "use learning_rate"),

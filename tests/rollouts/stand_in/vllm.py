@@ -4,6 +4,7 @@ Its folder goes on PYTHONPATH. It refuses, dies or drifts if launch.vllm.options
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 __version__ = "stand-in"
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+sys.modules["vllm.lora.request"] = sys.modules[__name__]  # vLLM's module that has LoRARequest
 
 
 @dataclass(frozen=True)
@@ -71,28 +82,59 @@ class LLM:
         ends = GenerationConfig.from_pretrained(model).eos_token_id
         self.ends = ends if isinstance(ends, list) else [ends]
         self.longest, self.dies_at, self.drift = options["max_model_len"], dies_at, drift
+        self.llm_engine, self.adapted, self.awake = self, None, True
+        self.may_sleep, self.rank = options.get("enable_sleep_mode", False), options.get("max_lora_rank", 0)
         self.reload_dies_at, self.generations, self.reloads, self.stale = reload_dies_at, 0, 0, False
 
     def collective_rpc(self, method: str, kwargs: dict) -> None:
-        assert method == "reload_weights"
+        assert method == "reload_weights" and self.awake
         self.reloads += 1
         if self.reloads == self.reload_dies_at:
             os._exit(9)
-        self.load(kwargs["weights_path"])
+        if "weights_iterator" in kwargs:
+            self.take(dict(kwargs["weights_iterator"]))
+        else:
+            self.load(kwargs["weights_path"])
         self.stale = True
 
     def load(self, folder: str) -> None:
         files = [load_file(file) for file in Path(folder).glob("*.safetensors")]
-        weights = {name: x for file in files for name, x in file.items()}
+        self.take({name: x for file in files for name, x in file.items()})
+
+    def take(self, weights: dict[str, torch.Tensor]) -> None:
         missing, unknown = self.model.load_state_dict(weights, strict=False)
         assert not unknown and missing == ["lm_head.weight"] * self.tied, (missing, unknown)
 
     def reset_prefix_cache(self) -> None:
         self.stale = False
 
+    def sleep(self, level: int) -> None:
+        assert self.may_sleep and self.awake and level == 1
+        self.awake = False
+        print("asleep", flush=True)
+
+    def wake_up(self) -> None:
+        assert not self.awake
+        self.awake = True
+
+    def add_lora(self, request: LoRARequest) -> None:
+        from peft import PeftModel
+
+        assert self.awake and self.adapted is None
+        self.adapted = PeftModel.from_pretrained(self.model, request.lora_path).eval()
+        assert self.adapted.peft_config["default"].r <= self.rank
+        self.adapter, self.stale = request, True
+
+    def remove_lora(self, number: int) -> None:
+        assert number == self.adapter.lora_int_id
+        self.adapted.unload()
+        self.adapted = None
+
     @torch.no_grad()
-    def generate(self, prompts, params, use_tqdm: bool) -> list[Request]:
+    def generate(self, prompts, params, use_tqdm: bool, lora_request: LoRARequest | None = None) -> list[Request]:
         assert not self.stale, "keys and values of old weights"
+        assert self.awake and (lora_request is None) == (self.adapted is None)
+        assert lora_request is None or (lora_request == self.adapter and Path(lora_request.lora_path).is_dir())
         self.generations += 1
         if self.generations == self.dies_at:
             print("it dies", flush=True)
@@ -104,7 +146,7 @@ class LLM:
         generator, ids, logprobs = torch.Generator().manual_seed(p.seed), [], []
         stops = [*p.stop_token_ids, *([] if p.ignore_eos else self.ends)]  # as vLLM, whatever generation_config it has
         while len(ids) < p.max_tokens and (not ids or ids[-1] not in stops):
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float()
+            logits = (self.adapted or self.model)(torch.tensor([prompt + ids])).logits[0, -1].float()
             logits = logits / (p.temperature or 1e-6)  # 0: the likeliest token
             logits = logits * (1 + self.drift)
             if p.top_k > 0:

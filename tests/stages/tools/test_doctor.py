@@ -20,7 +20,7 @@ def experiment(**changes):
     tree = SimpleNamespace(
         name="tiny",
         launch=SimpleNamespace(device="auto", vllm=SimpleNamespace(python=None)),
-        tracking=SimpleNamespace(wandb="off"),
+        tracking=SimpleNamespace(trackers=(), wandb_mode="online"),
         model=SimpleNamespace(name_or_path=None, dtype="float32", attn_implementation="sdpa", peft=None),
         data=SimpleNamespace(
             documents="world", demonstrations="world", prompts="world", evaluation_prompts="world", rankings=None
@@ -169,14 +169,17 @@ def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatc
     assert caught.value.lines[0].endswith(command)
 
 
-def test_wandb_is_checked_only_if_requested(monkeypatch, tmp_path):
+def test_trackers_are_checked_only_if_requested(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: object())
-    assert "metrics.jsonl is always written" in look(doctor_checks.check_network, experiment())["wandb"].found
-    assert "wandb login" in look(doctor_checks.check_network, experiment(tracking__wandb="online"))["wandb"].remedy
+    monkeypatch.setattr(doctor_checks, "is_installed", lambda name: name != "aim")
+    assert "metrics.jsonl is always written" in look(doctor_checks.check_network, experiment())["trackers"].found
+    tree = experiment(tracking__trackers=("wandb", "mlflow", "aim"))
+    found = look(doctor_checks.check_network, tree)
+    assert "wandb login" in found["wandb"].remedy and found["mlflow"].mark == doctor_checks.GOOD
+    assert found["aim"].mark == doctor_checks.BAD and "install aim" in found["aim"].remedy
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert look(doctor_checks.check_network, experiment(tracking__wandb="online"))["wandb"].mark == doctor_checks.GOOD
+    assert look(doctor_checks.check_network, tree)["wandb"].mark == doctor_checks.GOOD
 
 
 def test_optional_packages_name_their_command(monkeypatch):

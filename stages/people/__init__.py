@@ -1,0 +1,1 @@
+"""Let people give feedback in a browser: the ranking page, the playground, and rounds of both."""

@@ -1,0 +1,1 @@
+"""Hold what the servers for people share: addresses and tokens, security, errors, the lock."""
