@@ -363,6 +363,7 @@ def add_playground(commands: Any) -> None:
     playground = add_command(commands, "playground", "talk to the policies in a browser, or with any OpenAI client")
     playground.add_argument(
         "--export",
+        type=Path,
         default=None,
         metavar="DIR",
         help="write what people shared as prompts, rankings, demonstrations and thumbs into a folder, and end",

@@ -319,7 +319,7 @@ def chat_command(arguments: argparse.Namespace) -> int:
 
 
 def playground_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf playground`: serve the page where people talk to the policies, or export what they shared."""
+    """Run `rlhf playground`: serve the page, or export what people shared on it."""
     from pipeline.launch import environment
     from pipeline.launch.processes import rank_and_size_from_environment
 
@@ -327,7 +327,7 @@ def playground_command(arguments: argparse.Namespace) -> int:
     store = api.open_store(experiment, Location.of(arguments.artifacts))
     playground = importlib.import_module("stages.people.playground.command")
     if arguments.export is not None:
-        return playground.export(experiment, store, Path(arguments.export), make_console())
+        return playground.export(experiment, store, arguments.export, make_console())
     if rank_and_size_from_environment()[1] > 1:
         raise UserError("playground: it is one process, and was started as several; start it without torchrun or srun")
     one_node = experiment.launch.model_copy(update={"nodes": 1})  # it runs here, whatever the stages do

@@ -33,6 +33,7 @@ FILES = {
     "talk.js": (PAGES / "talk.js", "text/javascript"),
     "answer.js": (PAGES / "answer.js", "text/javascript"),
     "dom.js": (PAGES / "dom.js", "text/javascript"),
+    "text.js": (SHARED / "text.js", "text/javascript"),  # shows what is invisible in a text
 }
 """What the page loads; no name of a file comes from a request."""
 LARGEST_BODY = 512 * 1024
@@ -301,14 +302,12 @@ def turns_before(state: State, asked: Asked, request: Request) -> tuple[str, lis
 
 
 def keep_question(state: State, asked: Asked, person: str) -> collect.Place:
-    """Write a question of a conversation that is kept, and begin the conversation if it is the first."""
+    """Write a question of a conversation that is kept; the first one begins the conversation."""
     with state.database.transaction() as connection:
         conversation = asked.conversation
         if conversation is None:
             conversation = collect.begin(connection, person, asked.system, asked.kind, state.consent)
-        return collect.add_question(
-            connection, conversation, asked.text, asked.after, asked.corrected, asked.blind
-        )
+        return collect.add_question(connection, conversation, asked.text, asked.after, asked.corrected, asked.blind)
 
 
 async def answer_question(state: State, request: Request) -> Response | EventStream:
@@ -386,9 +385,7 @@ async def stream(state: State, asked: Asked, wait: Wait, place: collect.Place | 
     if asked.blind and place is None:
         key = secrets.token_urlsafe(12)
         state.hidden[key] = {
-            "answers": [
-                {"model": name, "score": score} for name, score in zip(asked.policies, scores, strict=True)
-            ]
+            "answers": [{"model": name, "score": score} for name, score in zip(asked.policies, scores, strict=True)]
         }
         while len(state.hidden) > MOST_HIDDEN:
             state.hidden.popitem(last=False)

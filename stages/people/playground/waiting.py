@@ -1,6 +1,7 @@
 """Let a request wait for what happens to its questions, and notice when nobody waits any more."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -60,6 +61,7 @@ class Wait:
         """
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.left = len(questions)
+        self.looked = time.monotonic()
         self.tickets = engine.submit(questions, [self.listener(side) for side in range(len(questions))])
 
     def listener(self, side: int) -> Emit:
@@ -88,11 +90,16 @@ class Wait:
         Raises:
             Gone: The client has closed the connection; the answers are stopped.
         """
-        while (found := await self.next(LOOK)) is None:
-            if await request.is_disconnected():
-                self.cancel()
-                raise Gone
-        return found
+        while True:
+            found = await self.next(LOOK)
+            # also while events come: their pieces are not sent before the answer is whole
+            if time.monotonic() - self.looked >= LOOK:
+                self.looked = time.monotonic()
+                if await request.is_disconnected():
+                    self.cancel()
+                    raise Gone
+            if found is not None:
+                return found
 
     def cancel(self) -> None:
         """Stop the answers that are not whole yet."""

@@ -115,10 +115,7 @@ def exposed_line(host: str, key: str) -> str | None:
 
 
 def serve(
-    app: Any,
-    listener: socket.socket,
-    on_start: Callable[[], None],
-    on_stop: Callable[[], None] = lambda: None,
+    app: Any, listener: socket.socket, on_start: Callable[[], None], on_stop: Callable[[], None] = lambda: None
 ) -> int:
     """Serve an app until SIGINT or SIGTERM, and return the exit code 0.
 

@@ -1,15 +1,11 @@
 """Publish tiny policies and a reward model for the playground's tests."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from data.tokenizer import train_tokenizer
-from pipeline.config.sections import VllmSettings
 from pipeline.store.artifacts import ArtifactStore
 from stages.models.loading import from_scratch, new_reward_model
 from stages.models.publish import save_model
-from stages.settings.playground import PlaygroundSettings
 
 SHAPE = {
     "hidden_size": 16,
@@ -19,24 +15,6 @@ SHAPE = {
     "max_position_embeddings": 128,
     "attn_implementation": "sdpa",
 }
-
-
-def experiment_of(**playground):
-    """Return what the playground reads of an experiment."""
-    return SimpleNamespace(
-        name="fake",
-        launch=SimpleNamespace(device="cpu", strategy="ddp", processes=1, nodes=1, timeout=600.0, vllm=VllmSettings()),
-        evaluate=SimpleNamespace(
-            response_length=12,
-            reward_ensemble="min",
-            missing_eos_score=None,
-            base_prompt="auto",
-            few_shot_examples=4,
-            rollout=None,
-        ),
-        model=SimpleNamespace(attn_implementation="sdpa", dtype="float32", name_or_path=None),
-        playground=PlaygroundSettings(**playground),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from stages.people.playground.answering import chosen_policies, load
 from stages.people.playground.engine import Cancelled, Options, Piece, Question, Unanswerable
 from stages.tools.chat_commands import Settings
 from stages.tools.chat_speakers import Speaker, load_judge, reply
-from tests.people.playground.conftest import experiment_of
+from tests.people.playground.experiments import experiment_of
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 // Show an exchange: a question, its answers side by side, and what can be said of them.
 
-import { make, say, visible } from "./dom.js";
+import { make, say } from "./dom.js";
 import { post } from "./talk.js";
+import { appendText, textBlock } from "./text.js";
 
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 
@@ -43,25 +44,26 @@ export function show(exchange, changed, report) {
     draw();
   };
 
-  function words(answer) {
+  function words(answer, title) {
     if (answer.state === "failed") return make("p", { class: "problem" }, answer.sentence);
-    const text = visible(answer.text);
-    const empty = answer.state === "done" && !text;
-    return make("div", { class: "words", tabindex: text.length > 1500 ? "0" : null }, empty ? "(an empty answer)" : text);
+    const place = make("div", { class: "words" });
+    if (answer.state === "done") place.append(textBlock(answer.text, `answer ${title}`));
+    else appendText(place, answer.text);
+    return place;
   }
 
   function thumbs(answer, title) {
-    const button = (up, sign, word) =>
+    const button = (up, word) =>
       make("button", {
-        type: "button", "aria-pressed": String(answer.up === up), "aria-label": `${word} answer ${title}`, title: word,
+        type: "button", "aria-pressed": String(answer.up === up), "aria-label": `${word} answer ${title}`,
         onclick: () => tell(async () => {
           const wanted = answer.up === up ? null : up;
           await post(`/api/answers/${answer.id}/thumb`, { up: wanted });
           answer.up = wanted;
           say(wanted === null ? "thumb taken back" : "saved");
         }),
-      }, sign);
-    return [button(true, "👍", "Good"), button(false, "👎", "Bad")];
+      }, word);
+    return [button(true, "Good"), button(false, "Bad")];
   }
 
   function correction(answer, title) {
@@ -86,6 +88,7 @@ export function show(exchange, changed, report) {
   function card(answer, side) {
     const title = titleOf(exchange, side);
     const chosen = exchange.answers.length > 1 && exchange.goOn === side;
+    const corrected = exchange.goOn === side ? "your correction; the conversation goes on with it" : "your correction";
     const score = answer.score === null ? null : make("span", { class: "score", title: "the reward model’s score" }, `score ${answer.score.toFixed(2)}`);
     const actions = make("div", { class: "row" });
     if (answer.state === "done" && answer.id !== null) {
@@ -108,9 +111,9 @@ export function show(exchange, changed, report) {
       "aria-label": title ? `Answer ${title}` : "Answer",
     },
     make("header", {}, make("h2", {}, title || "Answer"), score),
-    words(answer),
+    words(answer, title),
     answer.correction && !answer.editing
-      ? make("div", { class: "corrected" }, make("p", { class: "soft" }, "your correction; the conversation goes on with it"), make("div", { class: "words" }, visible(answer.correction)))
+      ? make("div", { class: "corrected" }, make("p", { class: "soft" }, corrected), make("div", { class: "words" }, textBlock(answer.correction, "the correction")))
       : null,
     ...correction(answer, title),
     make("p", { class: "soft" }, foot(answer)),
@@ -172,14 +175,16 @@ export function show(exchange, changed, report) {
     const cards = exchange.answers.map(card);
     const last = better();
     element.replaceChildren(
-      make("div", { class: "question" }, make("div", { class: "words" }, visible(exchange.text))),
+      make("div", { class: "question" }, make("div", { class: "words" }, textBlock(exchange.text, "the question"))),
       make("div", { class: "answers" }, ...cards), ...(last ? [last] : []));
   }
 
   // A piece of text is added without drawing everything again.
   function grow(side) {
     const place = element.querySelectorAll(".answer")[side]?.querySelector(".words");
-    if (place) place.textContent = visible(exchange.answers[side].text);
+    if (!place) return;
+    place.replaceChildren();
+    appendText(place, exchange.answers[side].text);
   }
 
   draw();
