@@ -70,10 +70,9 @@ class Server:
         """Start the process, and wait until it answers."""
         command = [sys.executable, str(Path(__file__).with_name("server.py")), str(self.folder), str(self.port)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        (self.folder / "options.json").write_text(json.dumps(self.options), encoding="utf-8")
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, json.dumps(self.options)], cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         end = monotonic() + 60
         while monotonic() < end and self.process.poll() is None:
             with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Serve a ranking page with tasks of the tests: `python server.py FOLDER PORT [OPTIONS as JSON]`.
+"""Serve a ranking page with tasks of the tests: `python server.py FOLDER PORT`.
 
-The folder keeps the database, so that the next server goes on where a killed one stopped.
+The folder holds options.json, and keeps the database, so that the next server goes on where a killed one stopped.
 """
 
 import json
@@ -21,9 +21,9 @@ GUIDELINES = "# Guidelines\n\nBe **fair**. `Equal` answers share a place.\n\n- h
 FLAGS = (Flag("made_up", "Does it make something up?"), Flag("rude", "Is it rude?"))
 
 
-def main(folder: str, port: str, options: str = "{}") -> int:
+def main(folder: str, port: str) -> int:
     """Serve until a signal comes."""
-    chosen = json.loads(options)
+    chosen = json.loads((Path(folder) / "options.json").read_text(encoding="utf-8"))
     database = open_database(Path(folder), "browser")
     with database.transaction() as connection:
         for prompt, answers in chosen.get("tasks", []):

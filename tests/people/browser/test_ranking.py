@@ -38,6 +38,17 @@ def point(locator, along=0.5):
     return box["x"] + box["width"] / 2, box["y"] + along * box["height"]
 
 
+def touch(window):
+    """Return what puts a finger down, moves it and lifts it."""
+    session = window.context.new_cdp_session(window)
+
+    def finger(kind, *points):
+        points = [{"x": x, "y": y} for x, y in points]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    return finger
+
+
 def test_by_mouse_with_ties_and_a_note(serve, join):
     server = serve(ONE)
     window = join(server)
@@ -152,12 +163,7 @@ def test_by_touch_on_a_phone(serve, join):
     assert window.evaluate("document.documentElement.scrollWidth <= innerWidth")
     for text, number in ((RIGHT, 1), (LONG, 2), (NONE, 3)):
         card(window, text).locator(".place").nth(number - 1).tap()
-    touch = window.context.new_cdp_session(window)
-
-    def finger(kind, *points):
-        points = [{"x": x, "y": y} for x, y in points]
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
+    finger = touch(window)
     grip = card(window, WRONG).locator(".grip")
     grip.scroll_into_view_if_needed()
     start = point(grip)
@@ -176,13 +182,16 @@ def test_by_touch_on_a_phone(serve, join):
 def test_a_finger_on_the_head_of_a_card_scrolls(serve, join):
     server = serve(ONE)
     window = join(server, **PHONE)
-    touch = window.context.new_cdp_session(window)
     head = window.locator(".card h3").first
     head.evaluate("head => head.scrollIntoView({ block: 'center' })")
-    (x, y), before = point(head), window.evaluate("scrollY")
-    gesture = {"x": x, "y": y, "yDistance": -200, "gestureSourceType": "touch"}
-    touch.send("Input.synthesizeScrollGesture", gesture)
-    assert window.evaluate("scrollY") > before + 50 and server.rows("SELECT * FROM moves") == []
+    finger, (x, y), before = touch(window), point(head), window.evaluate("scrollY")
+    finger("touchStart", (x, y))
+    for step in range(1, 12):
+        finger("touchMove", (x, y - 15 * step))
+        window.wait_for_timeout(20)
+    finger("touchEnd")
+    window.wait_for_function("before => scrollY > before + 50", arg=before)
+    assert server.rows("SELECT * FROM moves") == [] and window.locator("[data-tray=unjudged] .chip").count() == 4
 
 
 def test_undo_takes_back_one_move_after_the_other(serve, join):
