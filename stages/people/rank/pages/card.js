@@ -42,7 +42,7 @@ export function showPlace(row, draft, answer) {
  * Return a card and the function that shows a draft in it.
  * @param {object} answer `{id, label, text, finished}`
  * @param {object[]} answers all answers of the task, in the order shown
- * @param {object} act `place(id, slot)`, `same(id, as)`, `aside(id)`, `clear(id)`, `compare(id)`,
+ * @param {object} act `place(id, slot)`, `askSame(id)`, `aside(id)`, `clear(id)`, `compare(id)`,
  *   `focus(id)`
  */
 export function makeCard(answer, answers, act) {
@@ -54,11 +54,11 @@ export function makeCard(answer, answers, act) {
     make("h3", { id: `name-${answer.id}`, text: `Answer ${answer.label}` }), tag,
     answer.finished === false ? make("span", { class: "cut-off", title: "It reached the limit of its length.", text: "cut off" }) : null);
   const row = placeRow(answer, answers, `place-${answer.id}`, (slot) => act.place(answer.id, slot));
-  const same = make("select", { "aria-label": `${name} is as good as`, on: { change: () => same.value && act.same(answer.id, Number(same.value)) } });
+  const same = button("Same as …", () => act.askSame(answer.id));
   const aside = button("Cannot judge", () => act.aside(answer.id), { "aria-pressed": "false" });
   const clear = button("Take out", () => act.clear(answer.id), { class: "quiet" });
   const compare = button("Compare", () => act.compare(answer.id), { class: "quiet" });
-  for (const control of [aside, clear, compare]) {
+  for (const control of [same, aside, clear, compare]) {
     control.append(make("span", { class: "only-read", text: ` ${name}` }));
   }
   const card = make("article", { class: "card", tabIndex: -1, id: `card-${answer.id}`, "data-answer": answer.id, "aria-labelledby": `name-${answer.id}` },
@@ -77,12 +77,7 @@ export function makeCard(answer, answers, act) {
     showPlace(row, draft, answer);
     aside.setAttribute("aria-pressed", String(isAside));
     clear.hidden = slot < 0 && !isAside;
-    const placed = answers.filter((other) => other.id !== answer.id && slotOf(draft, other.id) >= 0);
-    const mate = placed.find((other) => slotOf(draft, other.id) === slot);
-    same.replaceChildren(make("option", { value: "", text: "Same as …" }),
-      ...placed.map((other) => make("option", { value: String(other.id), text: `Same as ${other.label} (place ${placeOf(draft, other.id)})` })));
-    same.value = mate ? String(mate.id) : "";
-    same.disabled = placed.length === 0;
+    same.disabled = !answers.some((other) => other.id !== answer.id && slotOf(draft, other.id) >= 0);
   }
-  return { card, show, same };
+  return { card, show };
 }

@@ -15,7 +15,7 @@ const REASONS = [
 const KEYS = [
   ["1 … 9", "give the outlined answer this place (1 is best); an equal number is a tie"],
   ["↓ or j, ↑ or k", "next answer, previous answer"],
-  ["=", "same as … (then choose with the arrow keys)"],
+  ["=", "as good as …: then the letter of the other answer"],
   ["x", "cannot judge this answer"],
   ["0 or Backspace", "take the answer out of its place"],
   ["c", "compare it with another one, side by side"],
@@ -50,6 +50,27 @@ export function openSkip(onSkip) {
     }
     dialog.close();
     onSkip(reason);
+  });
+}
+
+/**
+ * Ask which answer another one is as good as; its letter chooses it, too.
+ * @param {string} label the letter of the answer that gets a place
+ * @param {{id: number, label: string, place: number, words: string}[]} placed what has a place
+ * @param {(id: number) => void} onChoice
+ */
+export function openSame(label, placed, onChoice) {
+  const choose = (id) => {
+    dialog.close();
+    onChoice(id);
+  };
+  const list = make("div", { class: "same" }, ...placed.map((other) => make("button", { type: "button", on: { click: () => choose(other.id) } },
+    make("span", { class: "letter", text: other.label }), make("span", { class: "words", text: other.words }), make("small", { text: `place ${other.place}` }))));
+  const dialog = openDialog(`Answer ${label} is as good as …`, "small", list);
+  list.querySelector("button").focus();
+  dialog.addEventListener("keydown", (event) => {
+    const other = placed.find((one) => one.label.toLowerCase() === event.key.toLowerCase());
+    if (other && !event.ctrlKey && !event.metaKey && !event.altKey) choose(other.id);
   });
 }
 

@@ -95,12 +95,12 @@ export function enableDragging(root, onDrop) {
     end();
     if (!ghost) return;
     // the press that ended the drag is no click
-    addEventListener("click", stopOnce, { capture: true, once: true });
-    setTimeout(() => removeEventListener("click", stopOnce, { capture: true }), 0);
+    addEventListener("click", stopEvent, { capture: true, once: true });
+    setTimeout(() => removeEventListener("click", stopEvent, { capture: true }), 0);
     if (target) onDrop(id, target);
   }
 
-  function stopOnce(event) {
+  function stopEvent(event) {
     event.preventDefault();
     event.stopPropagation();
   }
@@ -109,14 +109,23 @@ export function enableDragging(root, onDrop) {
     if (event.key === "Escape" && held) end();
   }
 
+  /** Keep a finger that drags from also being a swipe, whose end would swallow the next tap. */
+  function touchMove(event) {
+    if (held && event.cancelable) event.preventDefault();
+  }
+
   root.addEventListener("pointerdown", down);
+  root.addEventListener("touchmove", touchMove, { passive: false });
   addEventListener("pointermove", move, { passive: false });
   addEventListener("pointerup", up);
   addEventListener("pointercancel", end);
   addEventListener("keydown", key);
-  root.addEventListener("dragstart", (event) => event.preventDefault());
+  root.addEventListener("dragstart", stopEvent);
   return () => {
     end();
+    root.removeEventListener("pointerdown", down);
+    root.removeEventListener("touchmove", touchMove);
+    root.removeEventListener("dragstart", stopEvent);
     removeEventListener("pointermove", move);
     removeEventListener("pointerup", up);
     removeEventListener("pointercancel", end);

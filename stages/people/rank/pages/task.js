@@ -3,14 +3,14 @@
 import { makeBoard } from "./board.js";
 import { describePlace, makeCard } from "./card.js";
 import { openComparison } from "./compare.js";
-import { openSkip } from "./dialogs.js";
+import { openSame, openSkip } from "./dialogs.js";
 import { button, make, say } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 import { enableDragging } from "./drag.js";
-import { padded, slotOf, unjudged } from "./draft.js";
+import { padded, placeOf, slotOf, unjudged } from "./draft.js";
 import { makeSaver, unsent } from "./saving.js";
 import { isJudged, makeSingleStep } from "./steps.js";
-import { textBlock } from "./text.js";
+import { snippet, textBlock } from "./text.js";
 
 const NOTE_PAUSE = 800; // ms after the last key until a note is sent
 const TICK = 30_000; // ms between two signs of life
@@ -102,7 +102,12 @@ export function showTask(main, assignment, around) {
   }
   const act = {
     place: (id, slot) => slotOf(draft, id) !== slot && move("place", { answer: id, tier: slot }),
-    same: (id, as) => slotOf(draft, id) !== slotOf(draft, as) && move("same", { answer: id, as }),
+    askSame: (id) => {
+      const placed = answers.filter((other) => other.id !== id && slotOf(draft, other.id) >= 0)
+        .map((other) => ({ id: other.id, label: other.label, place: placeOf(draft, other.id), words: snippet(other.text) }));
+      if (placed.length === 0) return;
+      openSame(labelOf(id), placed, (as) => slotOf(draft, id) !== slotOf(draft, as) && move("same", { answer: id, as }));
+    },
     aside: (id) => move(draft.set_aside.includes(id) ? "unaside" : "aside", { answer: id }),
     clear: (id) => {
       if (draft.set_aside.includes(id)) move("unaside", { answer: id });
@@ -231,7 +236,7 @@ export function showTask(main, assignment, around) {
     else if (/^[1-9]$/.test(event.key) && Number(event.key) <= ids.length) placeByKey(Number(event.key) - 1);
     else if (["0", "Backspace", "Delete"].includes(event.key)) act.clear(current);
     else if (event.key === "x") act.aside(current);
-    else if (event.key === "=") cards[ids.indexOf(current)].same.focus();
+    else if (event.key === "=") act.askSame(current);
     else if (event.key === "c") act.compare(current);
     else if (event.key === "u") saver.move("undo");
     else if (event.key === "j" || (event.key === "ArrowDown" && focus.matches(".card, body, main"))) neighbour(1);
