@@ -37,12 +37,12 @@ class Server:
             sleep(0.05)
         found = re.search(r"(http://[^/]+)/\?token=(\S+)", self.log.read_text())
         assert found, self.log.read_text()
-        self.address, self.token = found.groups()
+        self.origin, self.token = found.groups()
 
     @property
-    def page(self):
+    def address(self):
         """Return what a person opens."""
-        return f"{self.address}/?token={self.token}"
+        return f"{self.origin}/?token={self.token}"
 
     def stop(self, number=signal.SIGTERM):
         """Send a signal, and return the exit code."""

@@ -21,7 +21,7 @@ def server(tmp_path):
 
 
 def person(server):
-    client = httpx.Client(base_url=server.address, headers={"X-RLHF": "1"}, timeout=30)
+    client = httpx.Client(base_url=server.origin, headers={"X-RLHF": "1"}, timeout=30)
     assert client.get("/", params={"token": server.token}).status_code == 200
     client.get("/api/setup")
     return client
@@ -41,9 +41,7 @@ def events(response):
 
 
 def programs(server):
-    return httpx.Client(
-        base_url=f"{server.address}/v1", headers={"Authorization": f"Bearer {server.token}"}, timeout=30
-    )
+    return httpx.Client(base_url=f"{server.origin}/v1", headers={"Authorization": f"Bearer {server.token}"}, timeout=30)
 
 
 def asked(text, **more):
@@ -101,11 +99,11 @@ def test_a_second_server_is_refused_and_a_killed_one_starts_again_at_the_same_ad
     command = [sys.executable, str(ROOT / "tests/people/playground/server.py"), str(tmp_path), "{}"]
     second = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert second.returncode != 0 and f"process {server.process.pid}" in second.stderr and "in use" not in second.stderr
-    ada, page = person(server), server.page
+    ada, page = person(server), server.address
     ada.post("/api/ask", json={"text": "hello", "policies": ["sft"], "consent": True})
     server.stop(signal.SIGKILL)
     server.start()
-    assert server.page == page
+    assert server.address == page
     body = {"text": "more", "policies": ["sft"], "consent": True, "conversation": 1, "after": 2}
     response = ada.post("/api/ask", json=body)
     assert [event["id"] for event in events(response) if event["type"] == "answer"] == [4]
