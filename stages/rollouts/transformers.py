@@ -52,7 +52,7 @@ def decoding_of(request: SampleRequest, pad_id: int, batch_size: int) -> Decodin
     """Return how the responses of a request are decoded.
 
     Args:
-        request: Limits, temperature, top-k and top-p; at temperature 0 the likeliest token is taken.
+        request: Limits, temperature (0: the likeliest token), top-k and top-p.
         pad_id: The token that pads rows.
         batch_size: How many rows are decoded at a time.
     """

@@ -1,7 +1,12 @@
 """Check that policies answer piece by piece what `rlhf chat` answers, and stop when told to."""
 
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 
+from pipeline.config.sections import VllmSettings
 from pipeline.errors import UserError
 from stages.people.playground.answering import chosen_policies, load
 from stages.people.playground.engine import Cancelled, Options, Piece, Question, Unanswerable
@@ -103,3 +108,29 @@ def test_a_reward_model_that_is_none(store, tmp_path):
     folder = store.folder("rm") / "model"
     own = load(experiment_of(reward_model=str(folder)), store, chosen_policies(["sft"], store), "transformers", False)
     assert own.is_scored and ask(own)[0].score is not None
+
+
+def test_vllm_answers_in_a_thread_whole_and_up_to_the_stop_text(store, tmp_path):
+    """A stand-in for vLLM runs in a process of its own."""
+    stand_in = Path(__file__).parents[2] / "rollouts" / "stand_in"
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{stand_in}" exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    experiment = experiment_of()
+    experiment.launch.vllm = VllmSettings(python=str(script))
+    served = load(experiment, store, chosen_policies(["sft"], store), "vllm", False)
+    found = []
+
+    def answer(*stop):
+        thread = threading.Thread(target=lambda: found.append(ask(served, stop=stop)))
+        thread.start()
+        thread.join()
+
+    try:
+        answer()
+        whole = found[0][0].text
+        answer(whole[5:7])
+    finally:
+        served.close()
+    assert len(whole) > 7 and found[0][1] == [whole] and found[0][0].score is not None
+    assert found[1][0].text == whole[: whole.index(whole[5:7])].strip() and found[1][0].finished
