@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
 from pipeline.taking import taken_from
-from stages.page import curves, external, gains, lineage, results_tables, samples, trust, trust_plots
+from stages.page import curves, external, gains, lineage, panel, results_tables, samples, trust, trust_plots
 from stages.page.curves import Journal
 from stages.page.data_table import data_table
 from stages.page.drawing import Picture, picture
@@ -78,6 +78,8 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
         notes=notes(results),
         tiles=tiles(results, names),
         results_tables=results_tables.policy_tables(results, names),
+        panel_tables=panel.tables(results, names),
+        panel_sentences=panel.sentences(results),
         gold_tables=trust.gold_table(responses, results, names),
         trust_sentences=trust.sentences(results, names),
         trust_tables=trust.tables(results, names),
@@ -117,6 +119,8 @@ def topics_of(results: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> 
         "gold": results["judge"] == "gold",
         "rm": "rm" in manifests or results["reward_model"]["accuracy"] is not None,
         "held_out": any(check["held_out"] for check in checks),
+        "kept": "kept" in results["judges"],
+        "judges": any(judge["climbed"] for judge in results["judges"].values()),
         "win_rate": any(policy["win_rate_vs_sft"] for policy in policies.values()),
         "perplexity": any(policy["pretrain_perplexity"] is not None for policy in policies.values()),
         "over": bool(checks) or results["judge"] == "gold",

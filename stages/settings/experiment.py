@@ -12,6 +12,7 @@ from stages.settings.evaluate import EvaluateSettings
 from stages.settings.lm_eval import LMEvalSettings
 from stages.settings.playground import PlaygroundSettings
 from stages.settings.ppo import PPOSettings
+from stages.settings.rank import RankSettings
 from stages.settings.rankings import RankingsSettings
 from stages.settings.refusals import RefusalsSettings
 from stages.settings.report import ReportSettings
@@ -27,7 +28,7 @@ STAGES: dict[str, Stage] = {
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
 # Sections of commands that are no stages: of what people say in a browser.
-PEOPLE: dict[str, type[Section]] = {"playground": PlaygroundSettings}
+PEOPLE: dict[str, type[Section]] = {"rank": RankSettings, "playground": PlaygroundSettings}
 
 
 class Experiment(Common):
@@ -45,4 +46,5 @@ class Experiment(Common):
     reward_bench: RewardBenchSettings = Field(default_factory=RewardBenchSettings)
     refusals: RefusalsSettings = Field(default_factory=RefusalsSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
+    rank: RankSettings = Field(default_factory=RankSettings)
     playground: PlaygroundSettings = Field(default_factory=PlaygroundSettings)
