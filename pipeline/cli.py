@@ -183,6 +183,7 @@ def build_parser() -> Parser:
     add_doctor(commands)
     add_clean(commands)
     add_chat(commands)
+    add_playground(commands)
     add_rank(commands)
     add_serve_reward(commands)
     add_compare(commands)
@@ -362,6 +363,20 @@ def add_chat(commands: Any) -> None:
     )
     chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
+
+
+def add_playground(commands: Any) -> None:
+    """Add `rlhf playground`."""
+    playground = add_command(commands, "playground", "talk to the policies in a browser, or with any OpenAI client")
+    playground.add_argument(
+        "--export",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="write what people shared as prompts, rankings, demonstrations and thumbs into a folder, and end",
+    )
+    playground.add_argument("--new-tokens", action="store_true", help="make earlier addresses worth nothing")
+    playground.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 
 def add_rank(commands: Any) -> None:

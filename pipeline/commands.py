@@ -322,6 +322,23 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def playground_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf playground`: serve the page, or export what people shared on it."""
+    from pipeline.launch import environment
+    from pipeline.launch.processes import rank_and_size_from_environment
+
+    experiment = load(arguments)
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    playground = importlib.import_module("stages.people.playground.command")
+    if arguments.export is not None:
+        return playground.export(experiment, store, arguments.export, make_console())
+    if rank_and_size_from_environment()[1] > 1:
+        raise UserError("playground: it is one process, and was started as several; start it without torchrun or srun")
+    one_node = experiment.launch.model_copy(update={"nodes": 1})  # it runs here, whatever the stages do
+    environment.prepare(experiment.model_copy(update={"launch": one_node}))
+    return playground.run(experiment, store, make_console(), arguments.trust_remote_code, arguments.new_tokens)
+
+
 def rank_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf rank`: let people rank answers in a browser."""
     from pipeline import chain
@@ -404,6 +421,7 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "playground": playground_command,
     "rank": rank_command,
     "serve-reward": serve_reward_command,
     "compare": compare_command,

@@ -48,6 +48,28 @@ class Decoding:
     """How many rows are decoded at a time."""
 
 
+def decoding_of(request: SampleRequest, pad_id: int, batch_size: int) -> Decoding:
+    """Return how the responses of a request are decoded.
+
+    Args:
+        request: Limits, temperature (0: the likeliest token), top-k and top-p.
+        pad_id: The token that pads rows.
+        batch_size: How many rows are decoded at a time.
+    """
+    decoding = Decoding(
+        response_length=request.response_length,
+        eos_id=request.eos_id,
+        pad_id=pad_id,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        batch_size=batch_size,
+    )
+    if request.temperature == 0:
+        return replace(decoding, temperature=1.0, top_k=None, top_p=LIKELIEST)
+    return decoding
+
+
 class TransformersEngine:
     """Sample with the policy itself. Each rank samples its share of the prompts."""
 
@@ -67,17 +89,7 @@ class TransformersEngine:
 
     def sample(self, request: SampleRequest, poll: Callable[[], None]) -> Sampled:
         """Return one response to each prompt of the request, on all ranks."""
-        decoding = Decoding(
-            response_length=request.response_length,
-            eos_id=request.eos_id,
-            pad_id=self.spec.pad_id,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            batch_size=self.spec.batch_size,
-        )
-        if request.temperature == 0:
-            decoding = replace(decoding, temperature=1.0, top_k=None, top_p=LIKELIEST)
+        decoding = decoding_of(request, self.spec.pad_id, self.spec.batch_size)
         # a sharded policy is gathered once, not layer by layer at each token
         with self.spec.autocast(), gathered(self.model) as policy:
 
@@ -157,6 +169,7 @@ def sample_with_logprobs(
     seeds: Sequence[int],
     decoding: Decoding,
     poll: Callable[[], None] = lambda: None,
+    watch: Callable[[int, int], None] | None = None,
 ) -> Sampled:
     """Return one response to each prompt, with log-probabilities and entropies of its tokens.
 
@@ -167,6 +180,8 @@ def sample_with_logprobs(
         seeds: One for each prompt.
         decoding: Limits, temperature, top-k and top-p.
         poll: Is called before each token; what it raises ends the sampling (a request to stop).
+        watch: Is called with the prompt's index and each of its tokens as they are drawn, EOS
+            included; what it raises ends the sampling. It waits for the device at each token.
 
     Returns:
         Responses; log-probabilities in the distribution that is drawn from; entropies of
@@ -183,7 +198,7 @@ def sample_with_logprobs(
         uniforms = torch.stack([_uniforms(seeds[i], decoding.response_length) for i in chosen]).to(model.device)
         lane = make_lane(model, [prompts[i] for i in chosen], decoding.response_length, decoding.pad_id)
         with cast_once(model):
-            tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll)
+            tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll, _watch_rows(chosen, watch))
         rows = torch.tensor(chosen, device=model.device)
         logprobs[rows, : batch_logprobs.shape[1]] = batch_logprobs
         entropy[rows, : batch_entropy.shape[1]] = batch_entropy
@@ -193,6 +208,27 @@ def sample_with_logprobs(
             responses[i] = response
     width = max(map(len, responses))
     return Sampled(responses, logprobs[:, :width], entropy[:, :width])
+
+
+def _watch_rows(
+    chosen: Sequence[int], watch: Callable[[int, int], None] | None
+) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """Return what hands the tokens of a batch's unfinished rows to `watch`; None without one.
+
+    Args:
+        chosen: The prompt's index of each row of the batch.
+        watch: Takes a prompt's index and a token.
+    """
+    if watch is None:
+        return None
+
+    def watch_rows(rows: Tensor, tokens: Tensor, unfinished: Tensor) -> None:
+        drawn = zip(rows.tolist(), tokens.tolist(), unfinished.tolist(), strict=True)
+        for row, token, is_unfinished in drawn:
+            if is_unfinished:
+                watch(chosen[row], token)
+
+    return watch_rows
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
@@ -220,7 +256,11 @@ def cast_once(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(
-    lane: Lane, uniforms: Tensor, decoding: Decoding, poll: Callable[[], None]
+    lane: Lane,
+    uniforms: Tensor,
+    decoding: Decoding,
+    poll: Callable[[], None],
+    watch_rows: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decode one batch token by token.
 
@@ -229,6 +269,8 @@ def _decode(
         uniforms: (B, R) uniform numbers that choose the tokens.
         decoding: Temperature, top-k, top-p and EOS.
         poll: Is called before each token.
+        watch_rows: Is called with the rows that the lane holds, their tokens, and which of them
+            were unfinished.
 
     Returns:
         Tokens (B, R'), EOS from the end of each row on; their log-probabilities and entropies (B,
@@ -251,6 +293,8 @@ def _decode(
         kept = truncated(probs, decoding.top_k, decoding.top_p)
         tokens = torch.where(unfinished, pick(kept, uniforms[rows, t]), decoding.eos_id)
         drawn[rows, t] = tokens
+        if watch_rows is not None:
+            watch_rows(rows, tokens, unfinished)
         of_kept = logp if kept is probs else (kept / kept.sum(-1, keepdim=True)).log()
         logprobs[rows, t] = torch.where(unfinished, of_kept.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
         # 0 · (−∞) would be NaN where a token is impossible

@@ -10,6 +10,7 @@ from stages.settings.base import BaseSettings
 from stages.settings.dpo import DPOSettings
 from stages.settings.evaluate import EvaluateSettings
 from stages.settings.lm_eval import LMEvalSettings
+from stages.settings.playground import PlaygroundSettings
 from stages.settings.ppo import PPOSettings
 from stages.settings.rank import RankSettings
 from stages.settings.rankings import RankingsSettings
@@ -26,9 +27,8 @@ STAGES: dict[str, Stage] = {
 }
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
-
 # Sections of commands that are no stages: of what people say in a browser.
-PEOPLE: dict[str, type[Section]] = {"rank": RankSettings}
+PEOPLE: dict[str, type[Section]] = {"rank": RankSettings, "playground": PlaygroundSettings}
 
 
 class Experiment(Common):
@@ -47,3 +47,4 @@ class Experiment(Common):
     refusals: RefusalsSettings = Field(default_factory=RefusalsSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
     rank: RankSettings = Field(default_factory=RankSettings)
+    playground: PlaygroundSettings = Field(default_factory=PlaygroundSettings)

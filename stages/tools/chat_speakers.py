@@ -153,17 +153,31 @@ def load_speakers(
     return speakers
 
 
-def load_judge(experiment: Any, store: ArtifactStore, trust_remote_code: bool) -> Judge | None:
-    """Load the experiment's reward model; None if the stage rm is not published."""
-    if store.manifest("rm") is None:
+def load_judge(
+    experiment: Any, store: ArtifactStore, trust_remote_code: bool, folder: Path | None = None
+) -> Judge | None:
+    """Load a reward model as the judge.
+
+    Args:
+        experiment: The validated experiment.
+        store: Its artifacts.
+        trust_remote_code: Whether code that a model brings may run.
+        folder: A reward model's folder; None: the experiment's own reward model.
+
+    Returns:
+        The judge; None if no folder is given and the stage rm is not published.
+    """
+    if folder is None and store.manifest("rm") is None:
         return None
     from stages.models.ensemble import load_reward_model
     from stages.models.loading import load_tokenizer
     from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.shared.runtime import device_of
 
-    store.verify("rm")
-    folder, evaluate = store.folder("rm") / "model", experiment.evaluate
+    evaluate = experiment.evaluate
+    if folder is None:
+        store.verify("rm")
+        folder = store.folder("rm") / "model"
     model = load_reward_model(
         folder,
         evaluate.reward_ensemble,
@@ -192,46 +206,22 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
         The answer.
     """
 
-    from data.encode import encode_prompt
-    from data.streams import derive_seed
-    from stages.evaluation.forms import make_query, parse_answer
-    from stages.rollouts.engine import EngineLost, SampleRequest
+    from stages.evaluation.forms import parse_answer
+    from stages.rollouts.engine import EngineLost
 
-    tokenizer, forgotten = speaker.tokenizer, 0
-    context = (context_of(speaker.model.config.to_dict()) if speaker.engine is None else speaker.context) or UNBOUNDED
+    tokenizer, context = speaker.tokenizer, context_of_speaker(speaker)
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     question = {"role": "user", "content": text}
     past = speaker.history if settings.memory else []
-
-    def query_now() -> "Query":
-        return make_query(tokenizer, speaker.form, [*system, *past, question])
-
     try:
-        query = query_now()
-        while len(query.ids) + settings.max_new_tokens > context and past:
-            del past[:2]  # a question and its answer
-            forgotten += 1
-            query = query_now()
-        chat_ids = query.ids
-        if speaker.form != "chat":
-            chat_ids = encode_prompt(tokenizer, [*system, *past, question])
+        query, chat_ids, forgotten = fit_query(speaker, system, [*past, question], settings.max_new_tokens)
     except UserError as error:  # the chat template takes no system message
         remedy = ", or /system without a text" if system else ""
         return Answer("", problem=f"{error}{remedy}")
-    room = min(settings.max_new_tokens, context - len(query.ids))
-    if room < 1:
-        problem = f"the question has {len(query.ids)} tokens, and the context only {context}; ask something shorter"
-        return Answer("", problem=problem)
-    request = SampleRequest(
-        prompts=[query.ids],
-        seeds=[derive_seed(settings.seed, "chat", turn)],
-        samples_per_prompt=1,
-        response_length=room,
-        temperature=settings.temperature,
-        eos_id=query.end_id,
-        top_k=settings.top_k or None,
-        top_p=settings.top_p,
-    )
+    del past[: 2 * forgotten]
+    if len(query.ids) >= context:
+        return Answer("", problem=too_long(len(query.ids), context))
+    request = request_of(query, settings, turn, context)
     try:
         sampled = sample_answer(speaker, request, dtype)
     except EngineLost as lost:
@@ -240,6 +230,75 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     score = score_answer(judge, speaker, chat_ids, answer.response, answer.finished, dtype)
     speaker.history += [question, {"role": "assistant", "content": answer.text}]
     return Answer(answer.text, len(answer.sampled), answer.finished, score, forgotten=forgotten)
+
+
+def context_of_speaker(speaker: Speaker) -> int:
+    """Return the most tokens of a conversation with a policy."""
+    if speaker.engine is not None:
+        return speaker.context or UNBOUNDED
+    return context_of(speaker.model.config.to_dict()) or UNBOUNDED
+
+
+def too_long(tokens: int, context: int) -> str:
+    """Return the sentence for a question that leaves no room for an answer."""
+    return f"the question has {tokens} tokens, and the context only {context}; ask something shorter"
+
+
+def fit_query(
+    speaker: Speaker, system: list[dict], turns: list[dict], max_new_tokens: int
+) -> tuple["Query", list[int], int]:
+    """Write a conversation as a policy reads it, without its oldest turns where they do not fit.
+
+    Args:
+        speaker: The policy.
+        system: The system message, or nothing.
+        turns: Questions and answers in turn; the last one is a question.
+        max_new_tokens: Tokens to leave for the answer.
+
+    Returns:
+        The query; the ids of the same conversation through the chat template, for the judge; how
+        many questions with their answers were left out.
+
+    Raises:
+        UserError: The chat template refuses the conversation.
+    """
+    from data.encode import encode_prompt
+    from stages.evaluation.forms import make_query
+
+    context, forgotten = context_of_speaker(speaker), 0
+    query = make_query(speaker.tokenizer, speaker.form, [*system, *turns])
+    while len(query.ids) + max_new_tokens > context and len(turns) > 2:
+        turns = turns[2:]
+        forgotten += 1
+        query = make_query(speaker.tokenizer, speaker.form, [*system, *turns])
+    chat_ids = query.ids
+    if speaker.form != "chat":
+        chat_ids = encode_prompt(speaker.tokenizer, [*system, *turns])
+    return query, chat_ids, forgotten
+
+
+def request_of(query: "Query", settings: "Settings", turn: int, context: int) -> "SampleRequest":
+    """Return the request for an answer to a query.
+
+    Args:
+        query: The query, which leaves room in the context.
+        settings: How answers are sampled.
+        turn: The number of the question; every turn samples with another seed.
+        context: The most tokens of a conversation.
+    """
+    from data.streams import derive_seed
+    from stages.rollouts.engine import SampleRequest
+
+    return SampleRequest(
+        prompts=[query.ids],
+        seeds=[derive_seed(settings.seed, "chat", turn)],
+        samples_per_prompt=1,
+        response_length=min(settings.max_new_tokens, context - len(query.ids)),
+        temperature=settings.temperature,
+        eos_id=query.end_id,
+        top_k=settings.top_k or None,
+        top_p=settings.top_p,
+    )
 
 
 def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> list[int]:

@@ -245,3 +245,22 @@ def test_a_model_of_nans_gives_nan_logprobs_and_no_crash(causal):
         model.lm_head.weight.fill_(torch.nan)
     found = sample_with_logprobs(model, PROMPTS[:2], SEEDS[:2], Decoding(3, eos_id=EOS, pad_id=PAD))
     assert found.logprobs[:, 0].isnan().all() and all(0 <= t < VOCAB for r in found.responses for t in r)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_tokens_can_be_watched_as_they_are_drawn(causal, kind):
+    """They arrive in order, EOS included, and what the watcher raises ends the sampling."""
+    model, seen = causal(kind, spread=0.15), {}
+    decoding = Decoding(12, eos_id=EOS, pad_id=PAD, batch_size=2)
+    expected = sample_with_logprobs(model, PROMPTS, SEEDS, decoding)
+    found = sample_with_logprobs(
+        model, PROMPTS, SEEDS, decoding, watch=lambda index, token: seen.setdefault(index, []).append(token)
+    )
+    assert found.responses == expected.responses == [seen[i] for i in range(len(PROMPTS))]
+    assert len(set(map(len, found.responses))) > 1  # some rows end before others
+
+    def stop(index, token):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        sample_with_logprobs(model, PROMPTS, SEEDS, decoding, watch=stop)

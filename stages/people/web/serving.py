@@ -114,7 +114,9 @@ def exposed_line(host: str, key: str) -> str | None:
     )
 
 
-def serve(app: Any, listener: socket.socket, on_start: Callable[[], None]) -> int:
+def serve(
+    app: Any, listener: socket.socket, on_start: Callable[[], None], on_stop: Callable[[], None] = lambda: None
+) -> int:
     """Serve an app until SIGINT or SIGTERM, and return the exit code 0.
 
     Requests in progress are completed first.
@@ -123,6 +125,7 @@ def serve(app: Any, listener: socket.socket, on_start: Callable[[], None]) -> in
         app: The ASGI app.
         listener: The bound socket.
         on_start: Is called when connections are taken.
+        on_stop: Is called after the signal, before requests in progress are waited for.
     """
     import uvicorn
 
@@ -140,6 +143,13 @@ def serve(app: Any, listener: socket.socket, on_start: Callable[[], None]) -> in
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
+    shut_down = server.shutdown
+
+    async def stop_first(sockets: list[socket.socket] | None = None) -> None:
+        on_stop()
+        await shut_down(sockets)
+
+    server.shutdown = stop_first  # type: ignore[method-assign]
 
     # uvicorn ends on these signals by itself, and at its end raises them once more for whoever
     # handled them before. That is this function: it has nothing more to do then, and before
