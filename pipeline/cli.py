@@ -183,6 +183,7 @@ def build_parser() -> Parser:
     add_doctor(commands)
     add_clean(commands)
     add_chat(commands)
+    add_serve_reward(commands)
     add_compare(commands)
     add_data(commands)
     return parser
@@ -355,6 +356,47 @@ def add_chat(commands: Any) -> None:
     )
     chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
+
+
+def add_serve_reward(commands: Any) -> None:
+    """Add `rlhf serve-reward`."""
+    text = "serve a reward model to other programs and machines"
+    more = """Prints one address, to which clients POST {"prompts": [TEXT or messages], "responses": [TEXT],
+"finished": [true or false, optional]} and get {"scores": [NUMBER]}. PPO asks it with
+`ppo.rewards: [{url: ADDRESS}]` (stages/scorers/README.md). GET /health says that it is there.
+A signal ends it (exit code 0) when the requests that have come are answered."""
+    serve = add_command(
+        commands, "serve-reward", text, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    serve.add_argument(
+        "--model",
+        default="rm",
+        metavar="MODEL",
+        help="rm (default), judge: the reward model that nobody climbs, or the folder of a reward model",
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
+    )
+    serve.add_argument("--port", type=int, default=0, help="port to listen on; 0 (default): any that is free")
+    serve.add_argument(
+        "--key-env",
+        default=None,
+        metavar="NAME",
+        help="environment variable with a key that clients must send (key_env in their settings)",
+    )
+    serve.add_argument(
+        "--batch-size",
+        type=int,
+        default=None,
+        help="the most responses in a forward pass (default: ppo.per_device_train_batch_size)",
+    )
+    serve.add_argument(
+        "--how",
+        choices=["mean", "min"],
+        default=None,
+        help="how the models of an ensemble score as one (default: ppo.reward_ensemble)",
+    )
+    serve.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 
 def add_compare(commands: Any) -> None:

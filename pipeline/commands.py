@@ -263,7 +263,7 @@ def reason_not_needed(name: str, last: str) -> str:
     return f"not needed by {last}"
 
 
-# -- doctor, chat, data --------------------------------------------------------------------------
+# -- doctor, chat, serve-reward, data -----------------------------------------------------------
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
@@ -318,6 +318,35 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def serve_reward_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf serve-reward`: score what other programs send."""
+    from pipeline.launch.signals import stop_on_signals
+    from pipeline.stage import StopFlag
+
+    stop = StopFlag()
+    with stop_on_signals(stop, b"\nstopping; send the signal again to stop at once\n"):
+        from pipeline.launch import environment
+
+        experiment = load(arguments)
+        environment.prepare(experiment)
+        serve_reward = importlib.import_module("stages.tools.serve_reward")
+        return serve_reward.run(
+            experiment,
+            api.open_store(experiment, Location.of(arguments.artifacts)),
+            serve_reward.Options(
+                model=arguments.model,
+                host=arguments.host,
+                port=arguments.port,
+                key_env=arguments.key_env,
+                batch_size=arguments.batch_size,
+                how=arguments.how,
+            ),
+            stop,
+            trust_remote_code=arguments.trust_remote_code,
+            say=lambda line: print(line, flush=True),
+        )
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf compare`: write a page that compares experiments, and print tables."""
     from pipeline.launch import environment
@@ -341,6 +370,7 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "serve-reward": serve_reward_command,
     "compare": compare_command,
     "data": data_command,
 }

@@ -32,10 +32,13 @@ from stages.evaluation.statistics import labeler_agreement
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
+from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
+from stages.scorers.scorer import ScorerSpec
 from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
 from stages.settings.rankings import RankingsSettings
 from stages.settings.rollout import EngineSettings
+from stages.settings.scorers.common import ScorerSection
 from stages.shared.engines import engine_spec, make_frozen_sampler
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, published, read_world
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
@@ -63,6 +66,10 @@ class SampledResponses:
     """The responses, (P, K)."""
     finished: list[list[bool]]
     """Whether each response ended with EOS, (P, K)."""
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    """The row of data of each prompt, with all its keys, for scorers."""
+    places: list[str] = dataclasses.field(default_factory=list)
+    """The location of each row, for error lines."""
 
     @property
     def answers(self) -> list[list[tuple[str, bool]]]:
@@ -131,11 +138,13 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     if ctx.experiment.data.rankings is not None:
         rows = recorded_rows(ctx.data.get("rankings", {}))
         return split_given(ctx.source("rankings"), settings.validation_fraction, ctx.publish, session, rows)
-    world = World.from_json(read_world(ctx.inputs))
     runtime, folder = with_accelerator(runtime_of(ctx)), ctx.inputs["sft"] / "model"
     responses = sample_responses(
         settings, session, runtime, folder, ctx.source("prompts"), launch=ctx.experiment.launch
     )
+    if settings.scorer is not None:
+        return publish_by_scorers(settings.scorer, responses, runtime, ctx)
+    world = World.from_json(read_world(ctx.inputs))
     rows, figures = simulate(world, responses, settings, session)
     keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
@@ -239,6 +248,64 @@ def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> 
             if done % ROWS_AT_ONCE == 0:
                 session.leave_if_requested(0, 0)
                 progress.update(min(done, count))
+
+
+# -- rankings by scorers -------------------------------------------------------------------------
+
+
+def publish_by_scorers(
+    scorers: Sequence[ScorerSection],
+    responses: SampledResponses,
+    runtime: Runtime,
+    ctx: StageRun[RankingsSettings, Experiment],
+) -> dict:
+    """Publish rankings of SFT's responses by scorers, split by prompt.
+
+    Args:
+        scorers: The settings of what scores.
+        responses: SFT's responses.
+        runtime: How reward models compute.
+        ctx: The stage's context.
+
+    Returns:
+        The figures for the manifest.
+    """
+    settings, session = ctx.config, session_of(ctx, trains=False)
+    lines = [line for one in scorers for line in one.row_problems(responses.rows, responses.places)]
+    if lines:
+        raise UserError(shorten(lines))
+    tokenizer = load_tokenizer(ctx.inputs["sft"] / "model", trust_remote_code=runtime.trust_remote_code)
+    spec = ScorerSpec(
+        reward_model=None,
+        pad_id=tokenizer.pad_token_id,
+        accelerator=runtime.accelerator,
+        batch_size=settings.batch_size,
+        records=session.checkpoints.folder.with_name("scores"),
+        say=session.say,
+        trust_remote_code=runtime.trust_remote_code,
+    )
+    scorer = scorers_of(scorers, spec)
+    ctx.confirm_folders()  # the named ones have been loaded
+    prompts = [
+        ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
+    ]
+    poll = session.interrupt(0, 0, lambda: None)
+    rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
+    scorer.close()
+    train, validation = held_out([prompt_key(one.prompt) for one in rankings], settings.validation_fraction)
+    for name, indices in {"train": train, "validation": validation}.items():
+        refuse_no_pair(name, len(indices), sum(usable_pairs(rankings[i]) for i in indices))
+        write_jsonl(ctx.publish / f"{name}.jsonl", (rankings[i] for i in indices))
+    every = [score for ranking in rankings for score in ranking.scores or ()]
+    return {
+        "rankings": len(rankings),
+        "pairs": sum(usable_pairs(ranking) for ranking in rankings),
+        "train": len(train),
+        "validation": len(validation),
+        "score": float(np.mean(every)),
+        "unfinished": responses.unfinished_share,
+        **session.notes.figures,
+    }
 
 
 # -- rankings by simulated labelers --------------------------------------------------------------
@@ -361,7 +428,8 @@ def sample_responses(
     sampler = Sampler(engine, policy, tokenizer, settings, session.seed)
     responses = sample_in_batches(sampler, [prompts[i] for i in kept], ids, session)
     engine.close()
-    return responses
+    rows = [chosen[i] for i in kept]
+    return dataclasses.replace(responses, rows=[records[i].row() for i in rows], places=[locations[i] for i in rows])
 
 
 def sample_in_batches(

@@ -112,7 +112,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     # without rankings in the config, the embedded world's labelers ranked: then tasks are known
-    world = World.from_json(read_world(ctx.inputs)) if ctx.experiment.data.rankings is None else None
+    world = World.from_json(read_world(ctx.inputs)) if "world" in ctx.inputs else None
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     data = load_data(
         config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes

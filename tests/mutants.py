@@ -35,6 +35,7 @@ TESTS = {
         "tests/stages/evaluation/test_forms.py",
         "tests/stages/test_evaluate_run.py",
     ),
+    "scorers": ("tests/scorers/test_url.py", "tests/scorers/test_http.py", "tests/scorers/test_records.py"),
 }
 
 # Imported once, before the first mutant. None of our modules: each child imports those of its tree.
@@ -242,12 +243,12 @@ MUTANTS = [
         "kl.target, c.batch_size, kl.horizon",
         "kl.target, c.mini_batch_size, kl.horizon",
     ),
-    Mutant("ppo", "held-out prompts are trained on", "    return [ids[i] for i in train], [", "    return ids, ["),
+    Mutant("ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",
-        'run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.learners.policy)',
-        "run.best.offer(judged, step, run.learners.policy)",
+        'value = figures["rlhf_reward"] - figures["score"] + judged',
+        "value = judged",
     ),
     Mutant(
         "ppo",
@@ -926,6 +927,82 @@ MUTANTS = [
         'return {"value": _exp(estimate["value"]), "ci95": ci95}',
         'return {"value": estimate["value"], "ci95": ci95}',
         "stages/evaluation/results.py",
+    ),
+    # ── scorers ───────────────────────────────────────────────────────────────────────────────
+    Mutant(
+        "scorers",
+        "a server's NaN is a score",
+        "if not is_number(value) or not abs(value) <= LARGEST:",
+        "if not is_number(value) or abs(value) > LARGEST:",
+    ),
+    Mutant(
+        "scorers",
+        "a server's true is a score",
+        "isinstance(value, int | float) and not isinstance(value, bool)",
+        "isinstance(value, int | float)",
+    ),
+    Mutant("scorers", "too few scores are taken", "if len(value) != count:", "if len(value) > count:"),
+    Mutant(
+        "scorers",
+        "another server's records are taken",
+        "key_of([self.settings.url, self.settings.protocol, one])",
+        "key_of([self.settings.protocol, one])",
+    ),
+    Mutant(
+        "scorers",
+        "the row of data is not part of what was asked",
+        '"rows": without_prompt(row), "ids": one}',
+        '"rows": {}, "ids": one}',
+    ),
+    Mutant(
+        "scorers",
+        "the scores of batches are in the order of their arrival",
+        "new = dict(zip(batches[index], found, strict=True))",
+        "new = dict(zip(batches[len(answers) // size % len(batches)], found, strict=False))",
+    ),
+    Mutant(
+        "scorers",
+        "a lost server gets all attempts at every update",
+        "retries=0 if self.is_lost else self.settings.retries",
+        "retries=self.settings.retries",
+    ),
+    Mutant(
+        "scorers",
+        "a redirect is followed",
+        "urllib.request.ProxyHandler(proxies), NoRedirect(), Handler(opened)",
+        "urllib.request.ProxyHandler(proxies), Handler(opened)",
+    ),
+    Mutant(
+        "scorers",
+        "a proxy is used for this machine",
+        'proxies = {} if is_this_machine(urllib.parse.urlsplit(url).hostname or "") else None',
+        'proxies = None if is_this_machine(urllib.parse.urlsplit(url).hostname or "") else None',
+    ),
+    Mutant("scorers", "a server that drips holds the run", "    timer.start()\n", "    timer.cancel()\n"),
+    Mutant(
+        "scorers",
+        "a key that the server repeats is printed",
+        "{without_keys(reason_in(body), headers)}",
+        "{reason_in(body)}",
+    ),
+    Mutant(
+        "scorers",
+        "the last answer to a question counts",
+        'answers.setdefault(row["key"], row["answer"])',
+        'answers[row["key"]] = row["answer"]',
+    ),
+    Mutant(
+        "scorers",
+        "an answer is used before it is on disk",
+        "            os.fsync(self.file.fileno())\n",
+        "            pass\n",
+    ),
+    Mutant("scorers", "a torn line spoils the next one", '        file.write(b"\\n")\n', '        file.write(b"")\n'),
+    Mutant(
+        "scorers",
+        "signals wait for the server",
+        "        poll()\n        try:\n            return done.get",
+        "        try:\n            return done.get",
     ),
 ]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_common, name_problems, path_problems
-from pipeline.config.help import fields_of, section_in, type_name
+from pipeline.config.help import fields_of, section_in, sections_in, type_name
 from pipeline.config.sections import Common, ConfigFile
 from pipeline.config.yaml_tree import Tree, dotted, read_tree, show
 from pipeline.errors import UserError
@@ -151,9 +151,9 @@ def explain(error: ValidationError, tree: Tree, experiment_class: type[BaseModel
         where, key = tree.origin(path), dotted(path)
         kind = items[0]["type"]
         if kind == "missing":
-            lines.append(f"{where}: {key}: is missing; {meaning(experiment_class, path)}")
+            lines.append(f"{where}: {key}: is missing; {meaning(experiment_class, path, items[0]['loc'])}")
         elif kind == "extra_forbidden":
-            lines.append(f"{where}: {key}: unknown key; {advice(experiment_class, path)}")
+            lines.append(f"{where}: {key}: unknown key; {advice(experiment_class, path, items[0]['loc'])}")
         else:
             wishes = dict.fromkeys(expectation(item["msg"]) for item in items)
             lines.append(f"{where}: {key}: {show(items[0]['input'])}; {', or '.join(wishes)}")
@@ -197,14 +197,19 @@ def expectation(message: str) -> str:
     return f"should be {words.get(noun, noun)}"
 
 
-def advice(experiment_class: type[BaseModel], path: tuple) -> str:
+def advice(experiment_class: type[BaseModel], path: tuple, location: tuple) -> str:
     """Return what an unknown key may have meant.
 
     In this order: its new name, a very similar key here, the same key in another section, a
     similar key here, or all keys that are known here.
+
+    Args:
+        experiment_class: Class of all settings.
+        path: The key, with those that it is in.
+        location: pydantic's location of it.
     """
     key = str(path[-1])
-    section = section_at(experiment_class, path[:-1])
+    section = section_at(experiment_class, path[:-1], location)
     known = list(fields_of(section)) if section is not None else []
     for name in (dotted(path), key):
         if name in RENAMED and key not in known:
@@ -227,21 +232,35 @@ def advice(experiment_class: type[BaseModel], path: tuple) -> str:
     return f"known here: {', '.join(known)}" if known else "no keys are known here"
 
 
-def meaning(experiment_class: type[BaseModel], path: tuple) -> str:
-    """Return the type and meaning of a missing setting."""
+def meaning(experiment_class: type[BaseModel], path: tuple, location: tuple) -> str:
+    """Return the type and meaning of a missing setting.
+
+    Args:
+        experiment_class: Class of all settings.
+        path: The key, with those that it is in.
+        location: pydantic's location of it.
+    """
     while isinstance(path[-1], int):  # an item of a list: describe the list
         path = path[:-1]
-    section = section_at(experiment_class, path[:-1])
+    section = section_at(experiment_class, path[:-1], location)
     info = fields_of(section).get(path[-1]) if section is not None else None
     return f"should be {type_name(info.annotation)}: {info.description}" if info is not None else "add it"
 
 
-def section_at(experiment_class: type[BaseModel], path: tuple) -> type[BaseModel] | None:
-    """Return the class of the section at a path of keys, or None if no section is there."""
+def section_at(experiment_class: type[BaseModel], path: tuple, location: tuple) -> type[BaseModel] | None:
+    """Return the class of the section at a path of keys, or None if no section is there.
+
+    Args:
+        experiment_class: Class of all settings.
+        path: The keys.
+        location: pydantic's location, which names the class where a section is one of several.
+    """
     section: type[BaseModel] | None = experiment_class
     for part in path:
-        if isinstance(part, int):  # an item of a list is of the list's section
-            continue
+        if isinstance(part, int):
+            continue  # an item of a list has the section of the list
         info = fields_of(section).get(part) if section is not None else None
-        section = section_in(info.annotation) if info is not None else None
+        possible = sections_in(info.annotation) if info is not None else []
+        named = [one for one in possible if one.__name__ in location]
+        section = next(iter(named or possible), None)
     return section

@@ -15,7 +15,7 @@ NOTE = b"\nstopping after this step and saving; send the signal again to stop at
 
 
 @contextmanager
-def stop_on_signals(stop: StopFlag) -> Iterator[None]:
+def stop_on_signals(stop: StopFlag, note: bytes = NOTE) -> Iterator[None]:
     """Set a flag when SIGTERM, SIGINT or SIGUSR1 arrives.
 
     A second SIGTERM or SIGINT ends the process at once. The first one after SIGUSR1 does not count
@@ -26,6 +26,7 @@ def stop_on_signals(stop: StopFlag) -> Iterator[None]:
 
     Args:
         stop: The flag that the running stage polls.
+        note: What the first signal prints.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +44,7 @@ def stop_on_signals(stop: StopFlag) -> Iterator[None]:
             received.append(number)
         if not stop.requested:
             stop.requested = True
-            os.write(2, NOTE)  # print is not safe inside a signal handler
+            os.write(2, note)  # print is not safe inside a signal handler
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

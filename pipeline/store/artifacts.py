@@ -5,7 +5,8 @@ What a stage folder may contain:
     manifest.json + files   the finished artifact; the manifest is renamed into place last
     run.json                a run has begun and is not published: it was interrupted if nobody
                             holds the lock
-    checkpoints/            of the published run, or of a first run that is not finished
+    checkpoints/            of the published run, or of a first run that is not finished; beside
+                            the steps there may be records that a resumed run reads (scores/)
     .lock                   held with flock while a process works on the stage; a kill releases it
     .redo/                  journals and checkpoints of a run that redoes a finished stage. The
                             artifact's own checkpoints stay until the new manifest is in place,

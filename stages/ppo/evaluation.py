@@ -1,21 +1,23 @@
 """Evaluate the policy on held-out prompts."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.encode import decode_response
+from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.sharding import is_sharded
-from stages.ppo.figures import OF_PARTS, describe
-from stages.ppo.inputs import HeldOut
+from stages.ppo.figures import DROPPED, OF_PARTS, describe
+from stages.ppo.inputs import LoadedPrompt, drawn_prompt
 from stages.ppo.options import KlControl
 from stages.ppo.sampling import Sampler
 from stages.ppo.scoring import scorer_spec
 from stages.ppo.state import Run
 from stages.rollouts.engine import EngineLost
-from stages.rollouts.rollout import DrawnPrompt, Rollout
+from stages.rollouts.rollout import Rollout
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerLost
 
@@ -29,7 +31,7 @@ FIGURES = {  # name in evaluations.jsonl → name in metrics.jsonl
 }
 
 
-def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl, step: int) -> None:
+def evaluate(run: Run, sampler: Sampler, held_out: list[LoadedPrompt], kl: KlControl, step: int) -> None:
     """Evaluate the policy after an update.
 
     Figures and samples are recorded, the policy is compared with the best one, alarms are raised.
@@ -47,7 +49,7 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
     with run.pending.running():
         try:
             rollout = sampler.rollout(
-                [DrawnPrompt(one.ids, i, one.data_row) for i, one in enumerate(held_out)],
+                [drawn_prompt(one, i) for i, one in enumerate(held_out)],
                 0,  # whatever the update: the same seeds at every evaluation
                 stream="held-out",
                 samples_per_prompt=1,
@@ -57,17 +59,27 @@ def evaluate(run: Run, sampler: Sampler, held_out: list[HeldOut], kl: KlControl,
         except (EngineLost, ScorerLost):
             run.save_before_failure(step)
             raise
+        except UserError:  # of a function that scores: with on_error: score the run can go on
+            if step:
+                run.save_before_failure(step)
+            raise
         # β of the settings, not the steered one, so that evaluations are comparable
         all_figures = describe(rollout, rollout.values, kl.coef, kl.estimator)
         figures = {name: all_figures[key] for name, key in FIGURES.items()}
-        figures |= {key: figure for key, figure in all_figures.items() if key.startswith(OF_PARTS)}
+        figures |= {key: figure for key, figure in all_figures.items() if key.startswith((OF_PARTS, DROPPED))}
         if sampler.roles.judge is not None:
             figures["held_out_score"] = held_out_scores(sampler, rollout).mean().item()
         tracker = run.session.tracker
         tracker.evaluation(step, figures)
         # chosen by the reward model that PPO does not climb, if there is one
         judged = figures.get("held_out_score", figures["score"])
-        run.best.offer(figures["rlhf_reward"] - figures["score"] + judged, step, run.learners.policy)
+        value = figures["rlhf_reward"] - figures["score"] + judged
+        # a score without all of its parts compares with no other one
+        is_partial = bool(rollout.dropped) and "held_out_score" not in figures
+        if is_partial:
+            run.session.say(f"update {step}: held-out scores lack {', '.join(rollout.dropped)}, and choose no policy")
+        if not is_partial or run.best.value is None:
+            run.best.offer(math.nan if is_partial else value, step, run.learners.policy)
         tracker.samples(step, shown_samples(sampler, rollout, held_out))
         run.evaluations[str(step)] = figures
         run.sound(run.alarms.evaluated(step, figures))
@@ -88,7 +100,7 @@ def held_out_scores(sampler: Sampler, rollout: Rollout) -> Tensor:
     return sampling.scores.apply(scores, rollout.finished.cpu(), rollout.mask.sum(-1).cpu())
 
 
-def shown_samples(sampler: Sampler, rollout: Rollout, held_out: list[HeldOut]) -> list[dict[str, Any]]:
+def shown_samples(sampler: Sampler, rollout: Rollout, held_out: list[LoadedPrompt]) -> list[dict[str, Any]]:
     """Return the two best and the two worst responses, as rows of samples.jsonl."""
     kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()

@@ -12,6 +12,7 @@ OF_UPDATE = ("policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "v
 OF_VALUES = ("loss/value_avg", "val/clipfrac_avg", "grad_norm/value")  # and these with a value model
 OF_KL = ("loss/kl",)  # and this where KL is in the loss
 OF_PARTS = "rewards/"  # with the name of a scorer: its mean score, before weights and rules
+DROPPED = "val/dropped_scorers"  # where a scorer may be dropped: how many were
 OF_PTX = ("loss/ptx", "grad_norm/ptx", "grad_cosine")  # and these if there is a pretraining gradient
 
 
@@ -29,6 +30,8 @@ def describe(rollout: Rollout, returns: Tensor | None, kl_coef: float, kl_estima
     k3 = _kl_per_response(rollout, "k3").mean().item()
     scores = rollout.scores.mean().item()
     parts = {f"{OF_PARTS}{name}": x.nanmean().item() for name, x in rollout.parts.items()}
+    if rollout.dropped is not None:
+        parts[DROPPED] = len(rollout.dropped)
     return {
         "objective/kl": kl,
         "objective/kl_k3": k3,

@@ -1,12 +1,13 @@
 """Load what PPO starts from: models, prompts and pretraining rows."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.documents import wrap_documents
+from data.error_lines import shorten
 from data.records import prompt_key
 from data.streams import Stream, derive_seed
 from data.streams import held_out as hold_out
@@ -20,6 +21,7 @@ from stages.models.same_tokenizer import difference_of
 from stages.rollouts.rollout import DrawnPrompt
 from stages.settings.experiment import Experiment
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
+from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
 from stages.shared.runtime import Runtime, can_pack_rows
@@ -27,8 +29,8 @@ from stages.training.session import Session
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A held-out prompt."""
+class LoadedPrompt:
+    """A prompt within the limits."""
 
     prompt: Any
     """Text or messages, as the file has it."""
@@ -36,16 +38,16 @@ class HeldOut:
     """The same as token ids."""
     data_row: dict
     """Its row of data, which scorers of texts read."""
+    place: str
+    """The location of that row, for error lines."""
 
 
 @dataclass(frozen=True)
 class Streams:
     """The prompts and pretraining rows of a run, drawn in another order in each epoch."""
 
-    train: list[list[int]]
-    """Training prompts as token ids."""
-    data_rows: list[dict]
-    """Their rows of data, which scorers of texts read."""
+    train: list[LoadedPrompt]
+    """Training prompts."""
     prompts: Stream
     """Draws indices of them."""
     ptx_rows: list[list[int]]
@@ -55,11 +57,21 @@ class Streams:
 
     def drawn(self, indices: Iterable[int]) -> list[DrawnPrompt]:
         """Return training prompts by their indices."""
-        return [DrawnPrompt(self.train[i], i, self.data_rows[i]) for i in indices]
+        return [drawn_prompt(self.train[i], i) for i in indices]
 
     def next_texts(self, count: int) -> list[list[int]]:
         """Return the next pretraining rows."""
         return [self.ptx_rows[i] for i in self.ptx.take(count)]
+
+
+def drawn_prompt(prompt: LoadedPrompt, index: int) -> DrawnPrompt:
+    """Return a prompt as responses are sampled to it.
+
+    Args:
+        prompt: The prompt.
+        index: Its index in the list that it was drawn from.
+    """
+    return DrawnPrompt(prompt.ids, index, prompt.data_row, prompt.place)
 
 
 def start_folder(sft: Path, has_ppo_init: bool) -> Path:
@@ -153,7 +165,7 @@ def load_models(
 
 def load_prompts(
     session: Session, c: PPOSettings, tokenizer: Any, source: Source
-) -> tuple[list[list[int]], list[dict], list[HeldOut]]:
+) -> tuple[list[LoadedPrompt], list[LoadedPrompt]]:
     """Load the prompts, and split off the held-out ones by their text.
 
     Args:
@@ -163,7 +175,7 @@ def load_prompts(
         source: Where the prompts are.
 
     Returns:
-        Training prompts as token ids, their rows of data, and held-out prompts.
+        Training prompts and held-out ones.
 
     Raises:
         UserError: If fewer than two prompts are left within the limits.
@@ -184,9 +196,21 @@ def load_prompts(
                 f"least 2, one of them to hold out"
             ]
         )
-    rows = [records[i].row() for i in kept]
-    held_out = [HeldOut(records[kept[i]].prompt, ids[i], rows[i]) for i in held]
-    return [ids[i] for i in train], [rows[i] for i in train], held_out
+    loaded = [LoadedPrompt(records[i].prompt, ids[at], records[i].row(), places[i]) for at, i in enumerate(kept)]
+    return [loaded[i] for i in train], [loaded[i] for i in held]
+
+
+def refuse_rows(rewards: Sequence[ScorerSection], prompts: Sequence[LoadedPrompt]) -> None:
+    """Raise UserError if a scorer cannot score by the row of a prompt, before anything is sampled.
+
+    Args:
+        rewards: The settings of the scorers.
+        prompts: The prompts.
+    """
+    rows, places = [prompt.data_row for prompt in prompts], [prompt.place for prompt in prompts]
+    lines = [line for settings in rewards for line in settings.row_problems(rows, places)]
+    if lines:
+        raise UserError(shorten(lines))
 
 
 def load_ptx_rows(c: PPOSettings, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data import answer_lengths
 from data.streams import Stream, derive_seed
+from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
 from stages.objectives.advantages import gae, grpo, rloo
 from stages.objectives.control import adaptive_kl_coef
@@ -23,7 +24,16 @@ from stages.objectives.masked import masked_whiten
 from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
 from stages.ppo.figures import OF_KL, OF_PTX, OF_UPDATE, OF_VALUES, describe, not_finite_episodes
-from stages.ppo.inputs import HeldOut, Streams, load_models, load_prompts, load_ptx_rows, role_folders, start_folder
+from stages.ppo.inputs import (
+    LoadedPrompt,
+    Streams,
+    load_models,
+    load_prompts,
+    load_ptx_rows,
+    refuse_rows,
+    role_folders,
+    start_folder,
+)
 from stages.ppo.options import (
     AdvantageOptions,
     Correction,
@@ -76,7 +86,7 @@ class Setup:
     """The models, and the engine that samples."""
     streams: Streams
     """What prompts and pretraining rows are drawn from."""
-    held_out: list[HeldOut]
+    held_out: list[LoadedPrompt]
     """Prompts of the held-out evaluation."""
     publication: Publication
     """What the cards of the published models say."""
@@ -178,20 +188,22 @@ def set_up(
         max_length=c.max_length,
         batch_size=c.local_rollout_forward_batch_size,
     )
+    rewards = [settings for _, _, settings in named_rewards(c)]
     scorer = make_scorers(
         roles,
-        [settings for _, _, settings in named_rewards(c)],
+        rewards,
         c.per_device_train_batch_size,
         shows_parts=c.rewards is not None,
-        records=session.checkpoints.folder.with_name("scores"),
+        records=session.checkpoints.folder / "scores",
         say=session.say,
         trust_remote_code=runtime.trust_remote_code,
     )
     rules = engine_rules(c.rollout)
     sampler = make_sampler(roles, scorer, sampling_options(c), rules, session.seed, name, spec, session.say)
 
-    train, data_rows, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
-    drawn = refuse_other_prompts(drawn, train)
+    train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
+    refuse_rows(rewards, [*train, *held_out])
+    drawn = refuse_other_prompts(drawn, [prompt.ids for prompt in train])
     ptx_rows, ptx = [], None
     if c.ptx_coef:
         fraction = experiment.data.validation_fraction
@@ -204,7 +216,7 @@ def set_up(
     return Setup(
         run=new_run(session, c, roles, updates, drawn),
         sampler=sampler,
-        streams=Streams(train, data_rows, prompts, ptx_rows, ptx),
+        streams=Streams(train, prompts, ptx_rows, ptx),
         held_out=held_out,
         publication=Publication(provenance, folders, c.temperature),
         runtime=runtime,
@@ -270,6 +282,10 @@ def sample(run: Run, sampler: Sampler, streams: Streams, indices: list[int], ste
         return sampler.rollout(prompts, step, recompute=run.recompute, poll=run.poll(step - 1))
     except (EngineLost, ScorerLost):
         run.save_before_failure(step - 1)
+        raise
+    except UserError:  # of a function that scores: with on_error: score the run can go on
+        if step > 1:
+            run.save_before_failure(step - 1)
         raise
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from stages.models.roles import Roles
 from stages.scorers.scorer import ScorerSpec
 from stages.scorers.scorers import make_scorer
-from stages.scorers.weighted import WeightedScorer, WeightedSum
+from stages.scorers.weighted import Drops, WeightedScorer, WeightedSum
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.scorer import names_of
 
@@ -48,4 +48,5 @@ def make_scorers(
         spec = scorer_spec(roles, roles.reward_models.get(name), batch_size)
         scorer = make_scorer(replace(spec, settings=settings, name=name, **more))
         scorers.append(WeightedScorer(name, settings.weight, scorer))
-    return WeightedSum(tuple(scorers), shows_parts)
+    may_drop = any(settings.may_drop() for settings in rewards)
+    return WeightedSum(tuple(scorers), shows_parts, Drops(more.get("say", print)) if may_drop else None)

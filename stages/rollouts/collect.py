@@ -1,7 +1,7 @@
 """Turn prompts into a rollout: sample responses, then run every model of PPO over them."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from stages.objectives.masked import masked_mean
 from stages.objectives.rewards import final_scores, kl_per_token
 from stages.rollouts.engine import RolloutEngine, Sampled, SampleRequest
 from stages.rollouts.rollout import DrawnPrompt, Rollout
-from stages.scorers.scorer import ScoreRequest, ScorerLost, no_poll
+from stages.scorers.scorer import ScorerDropped, ScoreRequest, ScorerLost, no_poll
 from stages.scorers.weighted import WeightedSum, merged
 from stages.training.batching import in_micro_batches, share_groups
 
@@ -116,9 +116,12 @@ def collect(
         finished=torch.tensor([r[-1] == tokenizer.eos_token_id for r in sampled.responses], device=device),
     )
     rollout = replace(rollout, **run_models(roles, scorer, rollout, sampling, recompute, poll))
-    data_rows = [prompt.data_row for prompt in prompts for _ in range(sampling.samples_per_prompt)]
-    parts = {**rollout.parts, **score_texts(scorer, rollout, data_rows, tokenizer, sampling, poll)}
-    rollout = replace(rollout, scores=scorer.total(parts), parts=parts if scorer.shows_parts else {})
+    drawn = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
+    texts, dropped = score_texts(scorer, rollout, drawn, tokenizer, sampling, poll)
+    parts = {**rollout.parts, **texts}
+    rollout = replace(rollout, scores=scorer.total(parts, dropped), parts=parts if scorer.shows_parts else {})
+    if scorer.drops is not None:
+        rollout = replace(rollout, dropped=dropped)
     if recompute:
         kl = engine_kl(sampled.logprobs, rollout.logprobs, rollout.mask)
         rollout = replace(rollout, sampler_logprobs=sampled.logprobs, engine_kl=kl)
@@ -206,59 +209,76 @@ def run_models(
 def score_texts(
     scorer: WeightedSum,
     rollout: Rollout,
-    data_rows: Sequence[Mapping[str, Any] | None],
+    drawn: Sequence[DrawnPrompt],
     tokenizer: Any,
     sampling: Sampling,
     poll: Callable[[], None],
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the scores of those scorers that read texts, each rank asking for its share.
 
     Args:
         scorer: Its scorers of texts score.
         rollout: B sampled responses.
-        data_rows: The row of data of each response's prompt.
+        drawn: The prompt of each response.
         tokenizer: The policy's.
         sampling: Samples a prompt, which stay together.
         poll: Is called by scorers that wait.
 
     Returns:
-        Name → (B,), the same on all ranks; NaN where a scorer did not name that part.
+        Name → (B,), the same on all ranks; NaN where a scorer did not name that part. And the names
+        of the scorers that have failed on a rank and are left out: all of their scores are NaN, so
+        that the responses of an update stay comparable.
 
     Raises:
         ScorerLost, UserError: On all ranks, if a scorer has failed on one of them.
     """
     if not scorer.of_texts:
-        return {}
+        return {}, ()
     lengths = rollout.lengths()
     share = sorted(share_groups(lengths, range(len(lengths)), sampling.samples_per_prompt))
 
-    def score_share() -> dict[str, Tensor]:
+    def score_share() -> tuple[dict[str, Tensor], dict[str, str]]:
         request = ScoreRequest(
             prompts=[rollout.prompts[i] for i in share],
             responses=[rollout.responses[i] for i in share],
             tokenizer=tokenizer,
-            data_rows=[data_rows[i] or {} for i in share],
+            data_rows=[drawn[i].data_row or {} for i in share],
+            places=[drawn[i].place for i in share],
             poll=poll,
         )
         parts: dict[str, Tensor] = {}
+        failed: dict[str, str] = {}
         for one in scorer.of_texts if share else []:
-            parts |= {name: x.float().cpu() for name, x in one.parts(request).items()}
-        return parts
+            try:
+                parts |= {name: x.float().cpu() for name, x in one.parts(request).items()}
+            except ScorerDropped as problem:
+                failed[one.name] = str(problem)
+        return parts, failed
 
     found = parallel.all_gather((share, *outcome_of(score_share)))
-    for _, _, error in found:
+    for _, _, _, error in found:
         if error is not None:  # that of the first rank, everywhere
             raise error
-    parts = merged([parts for _, parts, _ in found], [index for index, _, _ in found], len(lengths))
-    return {name: x.to(rollout.scores) for name, x in parts.items()}
+    parts = merged([parts for _, parts, _, _ in found], [index for index, _, _, _ in found], len(lengths))
+    failed: dict[str, str] = {}
+    for _, _, failed_there, _ in found:
+        failed = failed_there | failed
+    if scorer.drops is not None:
+        scorer.drops.note(failed)
+    # what a scorer gave on other ranks is dropped too
+    parts = {name: x for name, x in parts.items() if name.split("/")[0] not in failed}
+    parts |= {name: torch.full((len(lengths),), torch.nan) for name in failed}
+    return {name: x.to(rollout.scores) for name, x in parts.items()}, tuple(failed)
 
 
-def outcome_of(score: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Exception | None]:
-    """Return the scores and None, or nothing and the error that all ranks have to raise."""
+def outcome_of(
+    score: Callable[[], tuple[dict[str, Tensor], dict[str, str]]],
+) -> tuple[dict[str, Tensor], dict[str, str], Exception | None]:
+    """Return scores, dropped scorers and None; or nothing and the error that all ranks raise."""
     try:
-        return score(), None
+        return *score(), None
     except (ScorerLost, UserError) as error:
-        return {}, error
+        return {}, {}, error
 
 
 def engine_kl(sampled: Tensor, logprobs: Tensor, mask: Tensor) -> float:

@@ -19,6 +19,8 @@ class DrawnPrompt:
     """Its index in the list that it was drawn from; with the seed it decides the responses."""
     data_row: Mapping[str, Any] | None = None
     """Its row of data with all keys, which scorers of texts read; None where only ids are known."""
+    place: str = ""
+    """The location of that row (file and line), for error lines."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Rollout:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name of a scorer, or NAME/PART → (B,) its scores before weights and rules; empty where only
     the reward model scores."""
+    dropped: tuple[str, ...] | None = None
+    """Names of the scorers that failed and are left out of `scores`; None where none may be."""
     sampler_logprobs: Tensor | None = None
     """(B, R) log μ(y_t | x, y_<t) of the distribution that was sampled from, where `logprobs` were
     computed again; None where they are the sampler's own."""

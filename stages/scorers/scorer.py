@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from data.encode import decode_response
@@ -20,6 +21,12 @@ from stages.settings.scorers.common import ScorerSection
 
 class ScorerLost(TrainingStopped):
     """Say that a scorer is gone or has failed: the run saves and ends (exit code 3)."""
+
+
+class ScorerDropped(Exception):
+    """Say that a scorer has failed and that the settings go on without it (`on_failure: drop`).
+
+    What it scores for all ranks in this rollout is then left out of the sum."""
 
 
 def no_poll() -> None:
@@ -43,6 +50,8 @@ class ScoreRequest:
     data_rows: Sequence[Mapping[str, Any]] | None = None
     """The row of data of each response's prompt: `prompt`, a text or messages, and all other keys
     that the row has (`answer`, `constraints`, …). None where only ids are known."""
+    places: Sequence[str] | None = None
+    """The location of each of these rows (file and line), for error lines; None: not known."""
     poll: Callable[[], None] = no_poll
     """Call it now and then while waiting; what it raises ends the scoring (a signal has come)."""
 
@@ -75,10 +84,21 @@ class Scores:
     """The scores of B responses."""
 
     total: Tensor
-    """(B,) in float32: what counts. It has no gradient."""
+    """(B,) in float32: what counts. It has no gradient. NaN where a scorer of texts does not apply
+    to a response: it then adds nothing to a weighted sum."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Name → (B,): what the total was made of, as far as the scorer says; for metrics and samples
     only."""
+
+
+def part_columns(parts: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """Return named parts of B responses as name → (B,); NaN where a response has no such part.
+
+    Args:
+        parts: The parts of each response, by name.
+    """
+    names = dict.fromkeys(name for one in parts for name in one)
+    return {name: torch.tensor([one.get(name, torch.nan) for one in parts]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -100,8 +120,8 @@ class ScorerSpec:
     name: str = "rm"
     """The scorer's name, for error lines."""
     records: Path | None = None
-    """Folder for answers that a resumed run must get again; it lasts until the stage is done. None:
-    nothing is recorded."""
+    """Folder for answers that a resumed run must get again; it stays and goes with the checkpoints
+    of the run, among which it is. None: nothing is recorded."""
     say: Callable[[str], None] = print
     """Prints a line."""
     trust_remote_code: bool = False
@@ -123,13 +143,15 @@ class Scorer(Protocol):
         """Return the scores of a request's responses.
 
         A score depends only on its own prompt and response, not on the others of the request. It is
-        finite: PPO skips an update with any other.
+        finite, or NaN where a scorer of texts does not apply.
 
         Args:
             request: Prompts and responses.
 
         Raises:
             ScorerLost: If it cannot score for now; a later run may go on.
+            ScorerDropped: If it cannot score, and the sum shall do without it; only where
+                `may_drop` is true.
             UserError: If the user has to change something, such as a function that fails.
         """
 

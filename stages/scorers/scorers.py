@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
+from stages.scorers.rule import RuleScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
 from stages.scorers.text_model import TextModelScorer
-from stages.settings.scorers import model, python
+from stages.scorers.url import UrlScorer
+from stages.settings.scorers import model, python, url
 from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.rule import RULES
 
 
 def make_model_scorer(spec: ScorerSpec) -> Scorer:
@@ -18,6 +21,8 @@ def make_model_scorer(spec: ScorerSpec) -> Scorer:
 FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     model.ModelScorer: make_model_scorer,
     python.PythonScorer: PythonScorer,
+    **dict.fromkeys(RULES.values(), RuleScorer),
+    url.UrlScorer: UrlScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""
 

@@ -1,6 +1,6 @@
 """Add up the scores of several scorers, each times its weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,27 @@ class WeightedScorer:
         return {self.name: scores.total} | {f"{self.name}/{part}": x for part, x in scores.parts.items()}
 
 
+class Drops:
+    """Say when scorers are left out of the sum, and when they count again: once each."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """Begin with all scorers counting."""
+        self.say, self.out = say, set[str]()
+
+    def note(self, failed: Mapping[str, str]) -> None:
+        """Take the scorers that have failed in a rollout into account.
+
+        Args:
+            failed: Name of a scorer → a line that says what it did.
+        """
+        for name in failed:
+            if name not in self.out:
+                self.say(f"{failed[name]}; updates go on without {name} until it answers (on_failure: drop)")
+        for name in sorted(self.out - failed.keys()):
+            self.say(f"{name}: answers again, and counts again")
+        self.out = set(failed)
+
+
 @dataclass(frozen=True)
 class WeightedSum:
     """Scorers whose scores are added, each times its weight."""
@@ -34,6 +55,9 @@ class WeightedSum:
     """In the order of the settings."""
     shows_parts: bool = True
     """Whether the score of each scorer is shown; not where there is only the reward model."""
+    drops: Drops | None = None
+    """Says which of them are left out, if the settings let an update go on without one that has
+    failed."""
 
     @property
     def of_rows(self) -> list[WeightedScorer]:
@@ -45,17 +69,29 @@ class WeightedSum:
         """The scorers that read texts and rows of data."""
         return [one for one in self.scorers if not one.scorer.reads_rows]
 
-    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def total(self, parts: Mapping[str, Tensor], dropped: Collection[str] = ()) -> Tensor:
         """Return the weighted sum (B,) of the scores under the scorers' own names.
 
+        A scorer of texts that does not apply to a response, and says so with NaN, adds nothing.
+
         Args:
-            parts: Name → (B,), with at least one entry for each scorer.
+            parts: Name → (B,), with at least one entry for each scorer that counts.
+            dropped: Names of scorers that do not count this time; the settings leave at least one.
         """
-        sums = [one.weight * parts[one.name] for one in self.scorers]
+        sums = []
+        for one in self.scorers:
+            if one.name in dropped:
+                continue
+            scores = parts[one.name] if one.scorer.reads_rows else parts[one.name].nan_to_num(nan=0.0)
+            sums.append(one.weight * scores)
         return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
     def score(self, request: ScoreRequest) -> Scores:
-        """Return the sum and the parts of a request's responses, on the CPU."""
+        """Return the sum and the parts of a request's responses, on the CPU.
+
+        Raises:
+            ScorerLost, ScorerDropped, UserError: As the scorers do.
+        """
         parts: dict[str, Tensor] = {}
         for one in self.scorers:
             parts |= {name: x.float().cpu() for name, x in one.parts(request).items()}

@@ -6,7 +6,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
-from stages.settings.policies import compared_policies, needs_reward_model, simulates_labelers
+from stages.settings.policies import compared_policies, needs_reward_model
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
@@ -134,7 +134,7 @@ def training_prompt_kinds(experiment: "Experiment") -> list[str]:
     """Return the kinds of data whose prompts some policy or the reward model was trained on."""
     kinds, stages = ["demonstrations"], needs(experiment)
     if "rm" in stages or "dpo" in stages:
-        kinds.append("prompts" if simulates_labelers(experiment) else "rankings")
+        kinds.append("rankings" if experiment.data.rankings is not None else "prompts")
     if "ppo" in stages:
         kinds.append("prompts")
     return list(dict.fromkeys(kinds))

@@ -14,11 +14,20 @@ if TYPE_CHECKING:
 
 def simulates_labelers(experiment: "Experiment") -> bool:
     """Return whether simulated labelers rank: they know only the world's prompts."""
-    return experiment.data.rankings is None and experiment.data.prompts == "world"
+    if experiment.data.rankings is not None or ranks_by_scorers(experiment):
+        return False
+    return experiment.data.prompts == "world"
+
+
+def ranks_by_scorers(experiment: "Experiment") -> bool:
+    """Return whether scorers rank responses of SFT (rankings.scorer)."""
+    return experiment.rankings.scorer is not None and experiment.data.rankings is None
 
 
 def has_rankings(experiment: "Experiment") -> bool:
-    """Return whether there are rankings, by people or by simulated labelers."""
+    """Return whether there are rankings: by people, by scorers or by simulated labelers."""
+    if ranks_by_scorers(experiment):
+        return experiment.data.prompts is not None
     return experiment.data.rankings is not None or simulates_labelers(experiment)
 
 

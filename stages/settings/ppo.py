@@ -11,7 +11,14 @@ from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
-from stages.settings.scorers.scorer import Scorer, names_of, scorer_files, scorer_problems, scorer_stages
+from stages.settings.scorers.scorer import (
+    Scorer,
+    missing_of_scorers,
+    names_of,
+    scorer_files,
+    scorer_problems,
+    scorer_stages,
+)
 from stages.settings.training import TOO_LONG_PROMPT, SchedulerType, TooLong
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -37,6 +44,7 @@ METRICS = {
     "val/clipfrac_avg": "fraction of tokens whose value was clipped",
     "val/ratio": "mean ratio of new to old probability over the update (1 at its first mini-batch)",
     "val/engine_kl": "KL(sampling distribution ‖ policy) in nats per token, if log-probabilities are recomputed",
+    "val/dropped_scorers": "scorers of ppo.rewards that failed and were left out of this update (on_failure: drop)",
     "sampling/importance_sampling_ratio/mean": "mean weight of ppo.rollout.correction, after truncation or masking",
     "sampling/importance_sampling_ratio/min": "smallest such weight",
     "sampling/importance_sampling_ratio/max": "largest such weight",
@@ -378,7 +386,7 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks."""
-    lines = missing_engine(experiment, "ppo")
+    lines = missing_engine(experiment, "ppo") + missing_of_scorers("ppo.rewards", experiment.ppo.rewards or [])
     return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 

@@ -1,12 +1,14 @@
 """Declare the stage rankings: its settings, inputs and checks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
-from stages.settings.policies import simulates_labelers
+from stages.settings.policies import ranks_by_scorers, simulates_labelers
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
+from stages.settings.scorers.scorer import Scorer, missing_of_scorers, scorer_files, scorer_problems, scorer_stages
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -45,31 +47,65 @@ class RankingsSettings(Section):
         1, "number of simulated labelers who rank the responses to a training prompt independently", ge=1, le=5
     )
     batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
+    scorer: list[Scorer] | None = setting(
+        None,
+        "what ranks the responses in place of people: a list of scorers, as [{rule: words, at_most: 50}] "
+        "(stages/scorers/README.md); the best weighted sum is rank 1. null: people, or simulated labelers",
+    )
+    tie_within: float | None = setting(None, "largest difference of two scores of scorer that are a tie; null: 0", ge=0)
     rollout: EngineSettings | None = setting(None, OF_FINISHED)
 
 
 def needs(experiment: "Experiment") -> list[str]:
     """Return the stages that must be done first."""
-    return ["sft"]
+    return ["sft", *scorer_stages(experiment.rankings.scorer or [])]
 
 
 def reads(experiment: "Experiment") -> list[str]:
     """Return the kinds of data it reads: prompts to sample from, or rankings by people."""
-    return ["prompts"] if simulates_labelers(experiment) else ["rankings"]
+    return ["prompts"] if samples_responses(experiment) else ["rankings"]
+
+
+def samples_responses(experiment: "Experiment") -> bool:
+    """Return whether responses of SFT are ranked, and not rankings imported."""
+    return simulates_labelers(experiment) or ranks_by_scorers(experiment)
+
+
+def folders(experiment: "Experiment") -> dict[str, Path]:
+    """Return the files and folders of the user that decide the scores."""
+    return scorer_files("rankings.scorer", experiment.rankings.scorer or [])
 
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    if not simulates_labelers(experiment):
-        return []  # nothing is sampled
-    return no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
+    lines = scorer_lines(experiment)
+    if not samples_responses(experiment):
+        return lines  # nothing is sampled
+    return lines + no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
+
+
+def scorer_lines(experiment: "Experiment") -> list[str]:
+    """Return a line for each mistake in what ranks."""
+    settings = experiment.rankings
+    if settings.scorer is None:
+        if settings.tie_within is None:
+            return []
+        return ["rankings.tie_within: has no effect without rankings.scorer; set it, or leave this out"]
+    lines = scorer_problems("rankings.scorer", settings.scorer)
+    if "rm" in scorer_stages(settings.scorer):
+        lines.append("rankings.scorer: rm is trained on these rankings; name the folder of another reward model")
+    if experiment.data.rankings is not None:
+        lines.append("rankings.scorer: has no effect beside data.rankings; leave one of them out")
+    return lines
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks, and each length over the context."""
     if experiment.data.rankings is not None:
         return []  # nothing is sampled
-    return missing_engine(experiment, "rankings") + over_folder_context(experiment, "rankings")
+    lines = missing_engine(experiment, "rankings")
+    lines += missing_of_scorers("rankings.scorer", experiment.rankings.scorer or [])
+    return lines + over_folder_context(experiment, "rankings")
 
 
 def run(ctx: "StageRun[RankingsSettings, Experiment]") -> dict[str, Any]:
@@ -89,8 +125,12 @@ STAGE = Stage(
     headline=("rankings", "pairs", "labeler_agreement"),
     check=check,
     missing_requirements=missing_requirements,
+    folders=folders,
     check_data=check_data,
-    without={"rankings": "data.prompts: world (simulated labelers know only the embedded world's prompts)"},
+    without={
+        "rankings": "set rankings.scorer (scorers rank), or data.prompts: world (simulated labelers know only the "
+        "embedded world's prompts)"
+    },
     fixed=("rankings.samples_per_prompt", "rankings.response_length", "rankings.max_length", "rankings.on_too_long"),
     shared=True,
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline.config.help import SettingRow, describe
 from pipeline.config.sections import COMMON
 from stages.settings.experiment import STAGES, TESTS, Experiment
+from stages.settings.scorers.rule import RULES
 from stages.settings.scorers.scorer import KINDS
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "SETTINGS.md"
@@ -33,7 +34,10 @@ def reference() -> str:
         parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
     parts.append(f"## Scorers\n\n{SCORERS}")
     for kind, scorer in KINDS.items():
-        parts.append(section(f"`{kind}:`", first_line(scorer.__doc__), describe(scorer, ""), level=3))
+        if kind != "rule":
+            parts.append(section(f"`{kind}:`", first_line(scorer.__doc__), describe(scorer, ""), level=3))
+    for name, rule in RULES.items():
+        parts.append(section(f"`rule: {name}`", first_line(rule.__doc__), describe(rule, ""), level=3))
     return "\n".join(parts)
 
 

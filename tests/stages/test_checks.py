@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import api
+from pipeline import api, fingerprints
 from pipeline.config.validation import load_experiment
 from pipeline.errors import UserError
 from pipeline.stage import Source
@@ -283,9 +283,10 @@ def test_vllm_has_to_be_installed_where_ppo_runs(tmp_path):
 # tokens within which nearly all responses of these models end
 ROOM = {"smollm2": 160, "smollm2-preferences": 160, "qwen3-0.6b": 768, "llama3-8b": 1024, "llama3-70b": 1024}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+BY_RULE = "rule-reward"  # its reward is no model's, and asks for short answers
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != BY_RULE], ids=lambda path: path.stem)
 def test_a_shipped_config_does_not_teach_length_first(path):
     """Whole responses fit, and a truncated one scores less than nearly every finished one.
 
@@ -300,6 +301,16 @@ def test_a_shipped_config_does_not_teach_length_first(path):
     assert experiment.rm.max_length >= ppo.max_length and experiment.dpo.max_length >= ppo.max_length
     assert (experiment.model.name_or_path is None) == (path.stem not in ROOM)
     assert ppo.response_length >= ROOM.get(path.stem, 0) and 0.05 <= ppo.ptx_coef <= 2.0
+
+
+def test_the_config_with_a_rule_needs_no_rankings():
+    """A cut answer scores as one that follows nothing, and ppo and evaluate cut alike."""
+    experiment = load_experiment(CONFIGS[0].parent / f"{BY_RULE}.yaml", [], api.experiment_class())
+    ppo, evaluate = experiment.ppo, experiment.evaluate
+    assert fingerprints.all_needs(api.stages()["ppo"], experiment) == ["sft"] and experiment.data.rankings is None
+    assert ppo.missing_eos_score == 0.0
+    for key in ("missing_eos_score", "response_length", "max_length", "temperature"):
+        assert getattr(ppo, key) == getattr(evaluate, key), key
 
 
 def test_more_prompts_than_the_world_has_are_refused(tmp_path):

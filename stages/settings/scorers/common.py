@@ -1,6 +1,8 @@
 """Define what the settings of every kind of scorer share."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.section import Section, setting
 
@@ -40,3 +42,28 @@ class ScorerSection(Section):
     def stages(self) -> list[str]:
         """Return the stages of this experiment that must be done first."""
         return []
+
+    def row_problems(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[str]:
+        """Return a line "PLACE: what is wrong; what to do" for each row of data it cannot score by.
+
+        It is asked once, before anything is sampled.
+
+        Args:
+            rows: The rows of data of the prompts, with all their keys.
+            places: The location of each, as "prompts.jsonl:3".
+        """
+        return []
+
+    def missing(self, key: str) -> list[str]:
+        """Return a line for each thing that the scorer needs and this machine lacks.
+
+        It is asked when a stage that scores is about to run.
+
+        Args:
+            key: Where the scorer is in the config.
+        """
+        return []
+
+    def may_drop(self) -> bool:
+        """Return whether an update may go on without this scorer when it has failed."""
+        return False

@@ -6,6 +6,7 @@ further settings of that kind:
     ppo.rewards: [{model: rm}, {python: reward.py:score, weight: 0.5}]
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,15 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Tag
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.python import PythonScorer
+from stages.settings.scorers.rule import RULES, Rule, RuleSection
+from stages.settings.scorers.url import UrlScorer
 
-KINDS: dict[str, type[ScorerSection]] = {"model": ModelScorer, "python": PythonScorer}
+KINDS: dict[str, type[ScorerSection]] = {
+    "model": ModelScorer,
+    "python": PythonScorer,
+    "url": UrlScorer,
+    "rule": RuleSection,
+}
 """Key that names what scores → the class of its settings."""
 
 
@@ -25,6 +33,8 @@ def _class_name(given: Any) -> str | None:
     """Return the name of the class of a scorer's settings; pydantic asks for it."""
     if isinstance(given, BaseModel):
         return type(given).__name__
+    if "rule" in given:
+        return RULES[given["rule"]].__name__
     return next(KINDS[kind].__name__ for kind in KINDS if kind in given)
 
 
@@ -39,11 +49,18 @@ def _one_kind(given: Any) -> Any:
     if len(named) != 1:
         found = f"has {' and '.join(named)}" if named else "does not say what scores"
         raise ValueError(f"a scorer {found}; should have exactly one of {', '.join(KINDS)}")
+    if named == ["rule"] and given["rule"] not in RULES:
+        near = difflib.get_close_matches(str(given["rule"]), RULES, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{given['rule']!r} is no rule; {meant}known are {', '.join(RULES)}")
     return given
 
 
 Scorer = Annotated[
-    Annotated[ModelScorer, Tag("ModelScorer")] | Annotated[PythonScorer, Tag("PythonScorer")],
+    Annotated[ModelScorer, Tag("ModelScorer")]
+    | Annotated[PythonScorer, Tag("PythonScorer")]
+    | Annotated[UrlScorer, Tag("UrlScorer")]
+    | Rule,
     Discriminator(_class_name),
     BeforeValidator(_one_kind),
 ]
@@ -70,7 +87,22 @@ def scorer_problems(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
     for name, count in Counter(names_of(scorers)).items():
         if count > 1:
             lines.append(f"{key}: {count} scorers have the name {name!r}; give each a name of its own (name: …)")
+    if all(scorer.may_drop() for scorer in scorers):
+        lines.append(
+            f"{key}: every scorer has on_failure: drop, so that nothing might be left to score by; set "
+            f"on_failure: stop for one of them"
+        )
     return lines
+
+
+def missing_of_scorers(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
+    """Return a line for each thing that the scorers need and this machine lacks.
+
+    Args:
+        key: The setting, as "ppo.rewards".
+        scorers: Its value.
+    """
+    return [line for index, scorer in enumerate(scorers) for line in scorer.missing(f"{key}[{index}]")]
 
 
 def scorer_files(key: str, scorers: Sequence[ScorerSection]) -> dict[str, Path]:

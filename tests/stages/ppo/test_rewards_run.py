@@ -102,6 +102,47 @@ def test_a_list_beside_the_single_reward_model_is_refused(chain):
         chain.experiment("ppo.rewards=[{model: rm}]", f"ppo.reward_model={chain.root}/other_rm/model")
 
 
+def test_rules_and_parts_are_metrics_and_columns(chain, tmp_path, prompts):
+    """A part that not every response has is the mean over those, and null in samples."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    rows[0] |= {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["fox"]}]}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rewards = "[{rule: instructions, at_most_words: 3}, {rule: exact, where: anywhere, weight: 2.0}]"
+    done = chain.run("ppo", tmp_path / "ppo", *OPTIONS, f"ppo.rewards={rewards}", f"data.prompts={prompts}")
+    for row in done.rows("samples.jsonl"):
+        words = row["response"].split()
+        short = float(0 < len(row["response"].replace("?", "").replace(".", "").split()) <= 3) if words else 0.0
+        contains = float("fox" in row["response"]) if row["prompt"] == rows[0]["prompt"] else None
+        parts = row["parts"]
+        assert parts["instructions/at_most_words"] == short
+        assert parts.get("instructions/contains") == contains
+        assert parts["instructions"] == (short if contains is None else (short + contains) / 2)
+    assert "rewards/exact" in done.rows("metrics.jsonl")[0]
+
+
+def test_a_row_that_a_rule_cannot_score_by_ends_the_run_before_it_samples(chain, tmp_path):
+    with pytest.raises(UserError) as error:
+        chain.run("ppo", tmp_path / "ppo", *OPTIONS, "ppo.rewards=[{rule: exact, answer: gold}]")
+    assert "prompts.jsonl:1: the rule exact finds no 'gold'" in error.value.lines[0]
+    assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
+
+
+def test_a_function_that_fails_later_leaves_a_checkpoint(chain, tmp_path, prompts):
+    """The line names the prompt's place; the run can go on, with on_error: score."""
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "calls = 0\ndef words(responses):\n    global calls\n    calls += 1  # preflight, evaluation, updates\n"
+        "    return [float('nan') if calls == 4 else 1.0 for _ in responses]\n"
+    )
+    settings = [*OPTIONS, f"ppo.rewards=[{{python: '{file}:words'}}]", f"data.prompts={prompts}", "ppo.batch_size=4"]
+    settings += ["ppo.mini_batch_size=4", "ppo.eval_steps=100"]
+    with pytest.raises(UserError) as error:
+        chain.run("ppo", tmp_path / "ppo", *settings)
+    place, _, rest = error.value.lines[0].partition(": ")
+    assert place.startswith(f"{prompts}:") and f"{file}:words" in rest and "gave nan" in rest
+    assert [path.name for path in (tmp_path / "ppo" / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
 def test_a_reward_model_with_several_logits_reads_the_text(chain, tmp_path, prompts):
     """Beside rm's, which reads the policy's ids; each logit has a metric of its own."""
     from transformers import AutoModelForSequenceClassification

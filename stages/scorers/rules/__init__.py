@@ -1,0 +1,1 @@
+"""Check texts by rules: pure functions without torch, one subject a file."""

@@ -1,0 +1,90 @@
+"""Test rankings by scorers: what is ranked, what is a tie, and that rm and dpo learn from it."""
+
+import json
+
+import pytest
+
+from pipeline import fingerprints
+from pipeline.errors import UserError
+
+SMALL = ["data.rankings=null", "rankings.samples_per_prompt=4", "rankings.response_length=6", "rankings.max_length=64"]
+BY_WORDS = (
+    "rankings.scorer=[{rule: words, at_most: 2, tolerance: 8}, "
+    "{rule: word_list, words: [fox], score: any, weight: -1.0}]"
+)
+
+
+def scores_of(response):
+    words = response.replace("?", " ").replace(".", " ").split()
+    return 1 - min(8, max(0, len(words) - 2)) / 8 - ("fox" in words)
+
+
+def test_responses_are_ranked_by_the_weighted_sum(chain, tmp_path):
+    """Equal sums are a tie; the split is by prompt, and no labeler is named."""
+    done = chain.run("rankings", tmp_path / "rankings", *SMALL, BY_WORDS)
+    rows = [*done.rows("train.jsonl"), *done.rows("validation.jsonl")]
+    prompts = {row["prompt"] for row in rows}
+    assert prompts == {row["prompt"] for row in chain.rows("prompts.jsonl")} and len(rows) == len(prompts)
+    for row in rows:
+        scores = [scores_of(response) for response in row["responses"]]
+        assert row["scores"] == pytest.approx(scores, abs=1e-6) and len(scores) == 4
+        assert row["ranks"] == [1 + sum(other > score + 1e-6 for other in scores) for score in scores]
+        assert "labeler" not in row and len(row["finished"]) == 4
+    assert done.figures["score"] == pytest.approx(sum(sum(row["scores"]) for row in rows) / len(rows) / 4, abs=1e-5)
+
+
+def test_scores_that_are_near_are_tied(chain, tmp_path):
+    done = chain.run("rankings", tmp_path / "rankings", *SMALL, BY_WORDS, "rankings.tie_within=0.3")
+    for row in done.rows("train.jsonl"):
+        for i, one in enumerate(row["scores"]):
+            for j, other in enumerate(row["scores"]):
+                assert row["ranks"][i] != row["ranks"][j] or abs(one - other) <= 0.3 + 1e-6
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_what_was_ranked_trains_the_next_stages(chain, tmp_path, stage):
+    done = chain.run("rankings", tmp_path / "rankings", *SMALL, BY_WORDS)
+    settings = [*SMALL, BY_WORDS, f"{stage}.max_steps=2", f"{stage}.max_length=64"]
+    experiment = chain.experiment(*settings)
+    assert "world" not in fingerprints.all_needs(chain.stages[stage], experiment)
+    trained = chain.run(stage, tmp_path / stage, *settings, inputs={"rankings": done.folder})
+    assert len(trained.rows("metrics.jsonl")) == 2
+
+
+def test_another_reward_model_and_a_function_rank(chain, tmp_path):
+    """A function gets the keys of the prompts' rows; both are part of the fingerprint."""
+    file, prompts = tmp_path / "reward.py", tmp_path / "prompts.jsonl"
+    file.write_text(
+        "def score(responses, best):\n    return [float(r.startswith(b)) for r, b in zip(responses, best)]\n"
+    )
+    rows = [row | {"best": "the"} for row in chain.rows("prompts.jsonl")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = chain.root / "other_rm" / "model"
+    scorers = f"rankings.scorer=[{{python: '{file}:score', weight: 100.0}}, {{model: {folder}, name: other}}]"
+    settings = [*SMALL, scorers, f"data.prompts={prompts}"]
+    found = chain.stages["rankings"].folders(chain.experiment(*settings))
+    assert found == {"rankings.scorer[0].python": file, "rankings.scorer[1].model": folder}
+    done = chain.run("rankings", tmp_path / "rankings", *settings)
+    for row in done.rows("train.jsonl"):
+        starts = [response.startswith("the") for response in row["responses"]]
+        assert [score > 50 for score in row["scores"]] == starts
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (["rankings.scorer=[{rule: words, at_most: 3}]"], "rankings.scorer: has no effect beside data.rankings"),
+        ([*SMALL, "rankings.scorer=[{model: rm}]"], "rankings.scorer: rm is trained on these rankings"),
+        (["rankings.tie_within=0.1"], "rankings.tie_within: has no effect without rankings.scorer"),
+        ([*SMALL, "rankings.scorer=[{rule: words}]"], "rankings.scorer[0].rule: words has no limit"),
+    ],
+)
+def test_mistakes_are_lines(chain, settings, line):
+    with pytest.raises(UserError) as error:
+        chain.experiment(*settings)
+    assert any(line in text for text in error.value.lines), error.value.lines
+
+
+def test_a_row_that_cannot_be_ranked_by_is_a_line(chain, tmp_path):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: the rule exact finds no 'gold'"):
+        chain.run("rankings", tmp_path / "rankings", *SMALL, "rankings.scorer=[{rule: exact, answer: gold}]")
