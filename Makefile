@@ -28,7 +28,7 @@ ifneq ($(UNKNOWN),)
 WRONG   := $(firstword $(UNKNOWN))
 NEAREST := $(shell $(PYTHON) -c "import difflib, sys; name, *known = sys.argv[1:]; \
 	print(*difflib.get_close_matches(name.upper(), known, 1, 0.7))" '$(WRONG)' $(KNOWN) 2>/dev/null)
-STAGE   := $(firstword $(filter $(STAGES),$(MAKECMDGOALS)) ppo)
+STAGE   := $(firstword $(filter $(STAGES) rank playground,$(MAKECMDGOALS)) ppo)
 ifneq ($(NEAREST),)
 $(error $(WRONG)=$(value $(WRONG)): make has no variable $(WRONG) here; did you mean $(NEAREST)=$(value $(WRONG))? \
 (a setting has a dot: ppo.kl_coef=0.2))
@@ -44,7 +44,7 @@ PLACE    = -c $(call path,$(CONFIG)) --artifacts $(call path,$(ARTIFACTS))
 RUN      = @$(RLHF) run $@ $(PLACE) $(SETTINGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo world base sft rankings rm ppo dpo evaluate report status doctor chat \
+.PHONY: help setup demo world base sft rankings rm ppo dpo evaluate report status doctor rank playground chat \
         test test-slow lint bench faults frontier clean-artifacts
 
 help: ## show this list
@@ -94,6 +94,10 @@ status: $(STAMP) ## which stages are done, stale (and why), interrupted, missing
 	@$(RLHF) status $(PLACE) $(SETTINGS)
 doctor: $(STAMP) ## versions, device, threads, disk, and what is missing
 	@$(RLHF) doctor $(PLACE) $(SETTINGS)
+rank: $(STAMP) ## let people rank answers in a browser
+	@$(RLHF) rank $(PLACE) $(SETTINGS)
+playground: $(STAMP) ## let people talk to policies in a browser
+	@$(RLHF) playground $(PLACE) $(SETTINGS)
 chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 	@$(RLHF) chat $(PLACE) --models '$(MODELS)' $(SETTINGS)
 
@@ -108,7 +112,7 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, ask, and remove them (YES=1: without asking)
+clean-artifacts: $(STAMP) ## say what CONFIG's artifacts are, ask, and remove them but what people said (YES=1: without asking)
 	@$(RLHF) clean $(PLACE) $(if $(filter command,$(origin YES)),$(if $(filter 1 y yes,$(YES)),--yes)) $(SETTINGS)
 
 bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)

@@ -138,7 +138,9 @@ def open_store(experiment: Common, location: Location) -> ArtifactStore:
     from pipeline.store.artifacts import ArtifactStore
 
     taken = taking.taken_stores(experiment, location.folder)
-    return ArtifactStore(location.folder, experiment.name, taken=taken)
+    store = ArtifactStore(location.folder, experiment.name, taken=taken)
+    locate_ranked(experiment, store, takes=False)
+    return store
 
 
 def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
@@ -153,7 +155,25 @@ def open_store_to_run(experiment: Common, location: Location) -> ArtifactStore:
     checks = [stage.check for stage in all_stages().values()]
     origin = Origin.of(file.path, type(experiment), checks, location.url is not None, file.overrides)
     taken = taking.taken_stores(experiment, location.folder)
-    return ArtifactStore(location.folder, experiment.name, origin, taken)
+    store = ArtifactStore(location.folder, experiment.name, origin, taken)
+    locate_ranked(experiment, store, takes=True)
+    return store
+
+
+def locate_ranked(experiment: Common, store: ArtifactStore, takes: bool) -> None:
+    """Find the snapshot that `data.rankings: ranked` means, if the config says so.
+
+    Args:
+        experiment: The experiment, which gets to know it.
+        store: Its artifacts.
+        takes: Whether to take the first snapshot where there is none yet.
+    """
+    if not experiment.waits_for_people:
+        return
+    from stages.people.rank import snapshots
+
+    find = snapshots.first if takes else snapshots.current
+    experiment._ranked = find(store.base, experiment.name)
 
 
 def run(

@@ -1,20 +1,31 @@
-"""Remove the artifacts of an experiment: the command `rlhf clean`."""
+"""Remove the artifacts of an experiment: the command `rlhf clean`.
+
+What people said (`people/`) cost them hours and cannot be made again: it stays unless it is named.
+"""
 
 import argparse
 import json
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from pipeline import api
 from pipeline.api import Location
 from pipeline.errors import UserError
 from pipeline.store import files
+from pipeline.store.locks import try_lock
 from pipeline.trackers.names import FOLDERS as TRACKER_FOLDERS
+
+PEOPLE = "people"
+"""Folder of what people said, below an experiment's."""
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf clean`: remove artifacts/NAME, after a person at the terminal or --yes agrees.
+
+    What people said stays, unless --with-labels asks for that too.
 
     It refuses if a process works there, or if the folder contains anything else.
     """
@@ -32,13 +43,25 @@ def clean_command(arguments: argparse.Namespace) -> int:
         print(f"{store.base}: nothing there")
         return 0
     present = sorted(path.name for path in store.base.iterdir())
+    keeps = PEOPLE in present and not arguments.with_labels
+    if keeps:
+        present.remove(PEOPLE)
+        if not present:
+            print(f"{store.base}: nothing but what people said; --with-labels removes that")
+            return 0
     stages = [name for name in (*api.STAGES, *api.TESTS) if name in present]
     refuse_to_clean(store, present, stages)
     with ExitStack() as locks:
         for name in stages:  # a process may have started meanwhile
             locks.enter_context(store.hold(name))
+        if PEOPLE in present:
+            locks.enter_context(no_server(store.base / PEOPLE))
         size = files.human_bytes(sum(store.size(name) for name in present))
         what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
+        if PEOPLE in present:
+            what += "; what people said goes with it, and nothing can make it again"
+        elif keeps:
+            what += f"; {PEOPLE}/ stays: what people said (--with-labels removes it too)"
         if takers := experiments_that_take(store):
             what += f"; stages of it are taken by {', '.join(takers)}, which cannot run again without them"
         if not arguments.yes:
@@ -49,9 +72,29 @@ def clean_command(arguments: argparse.Namespace) -> int:
                 return 0
         print(f"removing {what}")
         # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
-        os.rename(store.base, doomed)
+        if keeps:
+            doomed.mkdir()
+            for name in present:
+                os.rename(store.base / name, doomed / name)
+        else:
+            os.rename(store.base, doomed)
     files.remove(doomed)
     return 0
+
+
+@contextmanager
+def no_server(folder: Path) -> Iterator[None]:
+    """Hold the locks of the servers that write what people said.
+
+    Raises:
+        UserError: One of them is running.
+    """
+    with ExitStack() as handles:
+        for path in sorted(folder.glob("*.lock")):
+            file = handles.enter_context(path.open("r+b"))
+            if not try_lock(file.fileno(), patience=0.3):
+                raise UserError(f"{folder}: a server writes there ({path.name} says which); stop it, then clean")
+        yield
 
 
 def experiments_that_take(store: Any) -> list[str]:
@@ -76,7 +119,7 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """
     lines = []
     for name in present:
-        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm") and not name.startswith("."):
+        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm", PEOPLE) and not name.startswith("."):
             lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
     for name in stages:
         if store.is_held(name):

@@ -183,6 +183,7 @@ def build_parser() -> Parser:
     add_doctor(commands)
     add_clean(commands)
     add_chat(commands)
+    add_rank(commands)
     add_serve_reward(commands)
     add_compare(commands)
     add_data(commands)
@@ -325,6 +326,11 @@ def add_clean(commands: Any) -> None:
     """Add `rlhf clean`."""
     clean = add_command(commands, "clean", "list an experiment's artifacts, ask, and remove them")
     clean.add_argument("--yes", action="store_true", help="remove them without asking")
+    clean.add_argument(
+        "--with-labels",
+        action="store_true",
+        help="remove what people said, too (people/), which nothing can make again",
+    )
 
 
 def add_chat(commands: Any) -> None:
@@ -356,6 +362,30 @@ def add_chat(commands: Any) -> None:
     )
     chat.add_argument("--system", default=None, metavar="TEXT", help="system message")
     chat.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
+
+
+def add_rank(commands: Any) -> None:
+    """Add `rlhf rank`."""
+    rank = add_command(commands, "rank", "let people rank answers in a browser")
+    rank.add_argument("--tasks-only", action="store_true", help="make the tasks, and do not open the page")
+    rank.add_argument("--new-tokens", action="store_true", help="make new addresses; earlier ones are worth nothing")
+    rank.add_argument(
+        "--snapshot", action="store_true", help="let `data.rankings: ranked` mean all that people have ranked by now"
+    )
+    rank.add_argument("--export", metavar="PATH", help="write what people said into a file (or, with --to, a folder)")
+    rank.add_argument(
+        "--to",
+        choices=["rankings", "labelstudio", "argilla"],
+        default=None,
+        help="with --export: rankings as JSON lines (default), or the tasks for another tool",
+    )
+    rank.add_argument(
+        "--import", dest="imported", metavar="FILE", help="take in rankings of any form, such as exports of other tools"
+    )
+    rank.add_argument(
+        "--tiers", metavar="A,B", help="with --import of Label Studio: its buckets, the best first (default: our own)"
+    )
+    rank.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 
 def add_serve_reward(commands: Any) -> None:

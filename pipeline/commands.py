@@ -253,6 +253,10 @@ def status_command(arguments: argparse.Namespace) -> int:
     console.print(table)
     for line in plan.lines_of_remembered_settings(states, arguments.overrides):
         chain.print_line(console, line)
+    if (store.base / "people").is_dir():
+        snapshots = importlib.import_module("stages.people.rank.snapshots")
+        for line in snapshots.status_lines(store.base, experiment):
+            chain.print_line(console, line)
     return 0
 
 
@@ -318,6 +322,36 @@ def chat_command(arguments: argparse.Namespace) -> int:
     )
 
 
+def rank_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf rank`: let people rank answers in a browser."""
+    from pipeline import chain
+    from pipeline.stage import StopFlag
+
+    asked = {"--tasks-only": arguments.tasks_only, "--snapshot": arguments.snapshot}
+    asked |= {"--export": arguments.export is not None, "--import": arguments.imported is not None}
+    if len(names := [name for name, is_asked in asked.items() if is_asked]) > 1:
+        raise UserError(f"command line: {' and '.join(names)} are two commands; give them one after the other")
+    for flag, value, other in (("to", arguments.to, "export"), ("tiers", arguments.tiers, "imported")):
+        if value is not None and getattr(arguments, other) is None:
+            name = "import" if other == "imported" else other
+            raise UserError(f"command line: --{flag} does nothing without --{name}; add it")
+    experiment = load(arguments)
+    console = make_console(hints.caller_from(arguments))
+    rank = importlib.import_module("stages.people.rank.command")
+    options = rank.Options(
+        tasks_only=arguments.tasks_only,
+        new_tokens=arguments.new_tokens,
+        snapshot=arguments.snapshot,
+        export=arguments.export,
+        to=arguments.to or "rankings",
+        imported=arguments.imported,
+        tiers=tuple(name.strip() for name in (arguments.tiers or "").split(",") if name.strip()),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    return rank.run(experiment, store, options, partial(chain.print_line, console), StopFlag())
+
+
 def serve_reward_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf serve-reward`: score what other programs send."""
     from pipeline.launch.signals import stop_on_signals
@@ -370,6 +404,7 @@ COMMANDS = {
     "clean": clean_command,
     "doctor": doctor_command,
     "chat": chat_command,
+    "rank": rank_command,
     "serve-reward": serve_reward_command,
     "compare": compare_command,
     "data": data_command,

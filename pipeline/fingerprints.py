@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import DataSource, is_hub_id
+from pipeline.config.sections import RANKED, DataSource, is_hub_id
 from pipeline.stage import Source, Stage
 from pipeline.store import integrity
 from pipeline.store.digests import Digests
@@ -186,14 +186,18 @@ def sources(stage: Stage, experiment: Any) -> dict[str, Source]:
     """
     by_kind = {}
     for kind in stage.reads(experiment):
+        if kind == "rankings" and experiment.waits_for_people:
+            continue  # `missing_data` reports this, too
         if (value := getattr(experiment.data, kind)) is not None:  # `missing_data` reports it
-            by_kind[kind] = source_of(value)
+            by_kind[kind] = source_of(value, experiment.ranked if kind == "rankings" else None)
     return by_kind
 
 
 def missing_data(stage: Stage, experiment: Any) -> list[str]:
     """Return an error line for each kind of data that a stage reads and the config lacks."""
     ways = stage.without
+    if "rankings" in stage.reads(experiment) and experiment.waits_for_people:
+        return ["data.rankings: ranked, but nobody has ranked anything yet; `rlhf rank -c CONFIG` opens the page"]
     return [
         f"data.{kind}: none is given, and {stage.name} reads it; give a file or a Hub id"
         + (f", or {ways[kind]}" if kind in ways else "")
@@ -202,10 +206,15 @@ def missing_data(stage: Stage, experiment: Any) -> list[str]:
     ]
 
 
-def source_of(value: str | DataSource | list[str | DataSource]) -> Source:
-    """Return the source that a key of the config's section `data` names."""
+def source_of(value: str | DataSource | list[str | DataSource], ranked: Path | None = None) -> Source:
+    """Return the source that a key of the config's section `data` names.
+
+    Args:
+        value: The key's value.
+        ranked: The snapshot that the path "ranked" means; None: it means a file.
+    """
     if isinstance(value, list):
-        return Source(parts=tuple(source_of(part) for part in value))
+        return Source(parts=tuple(source_of(part, ranked) for part in value))
     if value == "world":
         return Source()
     given = DataSource(path=value) if isinstance(value, str) else value
@@ -216,6 +225,9 @@ def source_of(value: str | DataSource | list[str | DataSource]) -> Source:
         for name, item in given.model_dump(mode="json").items()
         if name not in (*own, "path") and item != DataSource.model_fields[name].get_default(call_default_factory=True)
     }
+    if given.path == RANKED and ranked is not None:
+        # People judge texts as they are, so a chat template in one is a part of it.
+        return Source(path=ranked, **plain, reading={"templated": "keep"} | reading)
     if is_hub_id(given.path):
         return Source(hub=given.path, **plain, reading=reading)
     return Source(path=Path(given.path).expanduser(), **plain, reading=reading)

@@ -1,8 +1,9 @@
 """Measure every policy on the evaluation prompts, and compare the policies: results.json.
 
 Policies are sampled at `evaluate.temperature`. The judge is the gold scorer in the embedded world,
-otherwise the reward model; if the data allow neither, nothing is scored. Without documents no
-perplexity is computed. best_of_n is the one of n SFT samples that the reward model scores highest.
+otherwise the reward model that no policy climbed (rankings kept for it train it in rm), otherwise
+the one that PPO climbs; if the data allow none, nothing is scored. Without documents no perplexity
+is computed. best_of_n is the one of n SFT samples that the reward model scores highest.
 A base model that never saw the chat template is prompted in plain text (`evaluation/forms.py`).
 Intervals are over tasks in the embedded world, otherwise over prompts (`evaluation/statistics.py`).
 Three checks of over-optimisation need no gold scorer (`evaluation/overoptimisation.py`), and some
@@ -36,7 +37,15 @@ from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools, make_sampler
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
-from stages.settings.evaluate import STAGES, EvaluateSettings, prompt_kind, text_lengths, training_prompt_kinds
+from stages.settings.evaluate import (
+    STAGES,
+    EvaluateSettings,
+    difference_lines,
+    differences_from_training,
+    prompt_kind,
+    text_lengths,
+    training_prompt_kinds,
+)
 from stages.settings.experiment import Experiment
 from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
 from stages.settings.ppo import climbed_folders
@@ -99,10 +108,19 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     # 4. Compare, and publish.
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
     judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    if judges and judges[0].climbed:
+        session.say(
+            f"warning: {' and '.join(sorted(judges[0].climbed))} climbed the only judge, the reward model, so it "
+            f"overrates them; rankings.judge_fraction keeps rankings for a judge that nothing climbs"
+        )
     results = compare(prompts, measured, judges, rm_figures) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
+        "temperature": settings.temperature,
+        "differs_from_training": differences_from_training(experiment),
     }
+    for line in difference_lines(results["differs_from_training"]):
+        session.say(f"warning: {line}")
     text = json.dumps(json_value(results), indent=1) + "\n"
     (ctx.publish / "results.json").write_text(text, encoding="utf-8")
     rows = response_rows(prompts.prompts, prompts.clusters, prompts.leaked, measured)

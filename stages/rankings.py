@@ -1,55 +1,53 @@
-"""Publish rankings of several responses to each prompt, split into training and validation.
+"""Publish rankings of several responses to each prompt: for training, validation and a judge.
 
 Either people's rankings, checked and split; or, in the embedded world, K responses of SFT to each
 prompt, ranked by simulated labelers. The split is by prompt, and in the embedded world by request.
 There `labelers_per_prompt` of five labelers rank a training prompt, and two of them rank every
 validation prompt, so that their agreement can be computed.
+
+With `judge_fraction` some rankings train a reward model that only judges (judge.jsonl). Of people's
+rankings they are a part; in the embedded world they are of further prompts, so that training keeps
+all of its own.
 """
 
 import dataclasses
 import random
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from data import sources
 from data.encode import decode_response
 from data.error_lines import shorten
-from data.group_rows import ROWS_AT_ONCE
-from data.records import Ranking, jsonl_writer, judged_pairs, prompt_key, write_jsonl
-from data.row_reader import records
-from data.source import Loaded
-from data.streams import Stream, derive_seed, held_out, held_out_limit, position_of
+from data.records import Ranking, prompt_key, write_jsonl
+from data.streams import Stream, derive_seed, held_out, position_of
 from data.world.world import World, labelers
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
-from stages.evaluation.statistics import labeler_agreement
+from stages.evaluation.statistics import agreement_figures, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
 from stages.scorers.scorer import ScorerSpec
-from stages.settings.checks import reader_source
 from stages.settings.experiment import Experiment
+from stages.settings.policies import judge_share
 from stages.settings.rankings import RankingsSettings
 from stages.settings.rollout import EngineSettings
 from stages.settings.scorers.common import ScorerSection
+from stages.shared import kept_rankings
 from stages.shared.engines import engine_spec, make_frozen_sampler
-from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, published, read_world
+from stages.shared.given_rankings import Shares, refuse_no_pair, split_given, usable_pairs
+from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, read_world
+from stages.shared.kept_rankings import split_rankings
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, place_frozen, runtime_of, with_accelerator
 from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
-Item = TypeVar("Item")
-
-MANY_ROWS = 10_000
-"""Rankings from which on progress is shown."""
 NO_NOISE = 1e-4
 """Temperature of the labelers' noise at which their rankings are certain."""
 MANY_UNFINISHED = 0.1
@@ -71,10 +69,21 @@ class SampledResponses:
     places: list[str] = dataclasses.field(default_factory=list)
     """The location of each row, for error lines."""
 
+    def part(self, start: int, end: int) -> "SampledResponses":
+        """Return the responses to some of the prompts."""
+        chosen = slice(start, end)
+        return SampledResponses(
+            self.prompts[chosen], self.texts[chosen], self.finished[chosen], self.rows[chosen], self.places[chosen]
+        )
+
     @property
     def answers(self) -> list[list[tuple[str, bool]]]:
         """The text of each response and whether it is finished, as in `Ranking.answers`."""
-        return [list(zip(*row, strict=True)) for row in zip(self.texts, self.finished, strict=True)]
+        return [self.answers_to(i) for i in range(len(self.prompts))]
+
+    def answers_to(self, prompt: int) -> list[tuple[str, bool]]:
+        """Return the text of each response to a prompt and whether it is finished."""
+        return list(zip(self.texts[prompt], self.finished[prompt], strict=True))
 
     @property
     def unfinished_share(self) -> float:
@@ -129,125 +138,46 @@ class Sampler:
 
 
 def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
-    """Publish train.jsonl and validation.jsonl.
+    """Publish train.jsonl and validation.jsonl, and judge.jsonl if some are kept for a judge.
 
     Returns:
         The figures for the manifest.
     """
     settings, session = ctx.config, session_of(ctx, trains=False)
+    share = judge_share(ctx.experiment)
     if ctx.experiment.data.rankings is not None:
         rows = recorded_rows(ctx.data.get("rankings", {}))
-        return split_given(ctx.source("rankings"), settings.validation_fraction, ctx.publish, session, rows)
+        shares = Shares(settings.validation_fraction, share, is_set=settings.judge_fraction is not None)
+        return split_given(ctx.source("rankings"), shares, ctx.publish, session, rows)
+    world = None if settings.scorer is not None else World.from_json(read_world(ctx.inputs))
     runtime, folder = with_accelerator(runtime_of(ctx)), ctx.inputs["sft"] / "model"
-    responses = sample_responses(
-        settings, session, runtime, folder, ctx.source("prompts"), launch=ctx.experiment.launch
+    responses, count = sample_responses(
+        settings, session, runtime, folder, ctx.source("prompts"), ctx.experiment.launch, world, share
     )
     if settings.scorer is not None:
-        return publish_by_scorers(settings.scorer, responses, runtime, ctx)
-    world = World.from_json(read_world(ctx.inputs))
-    rows, figures = simulate(world, responses, settings, session)
+        return publish_by_scorers(settings.scorer, responses, runtime, ctx, share)
+    assert world is not None, "nobody else ranks"
+    rows, figures = simulate(world, responses.part(0, count), settings, session)
     keys = request_keys(world, [row.prompt for row in rows], session.seed)
     train, validation = held_out(keys, settings.validation_fraction)
-    for name, indices in (("train", train), ("validation", validation)):
-        refuse_no_pair(name, len(indices), sum(usable_pairs(rows[i]) for i in indices))
-        write_jsonl(ctx.publish / f"{name}.jsonl", (rows[i] for i in indices))
+    sides = {"train": [rows[i] for i in train], "validation": [rows[i] for i in validation]}
+    further = responses.part(count, len(responses.prompts))
+    if further.prompts:
+        labelers_of = [settings.labelers_per_prompt] * len(further.prompts)
+        ranked = rank_all(further, utilities_of(world, further), labelers_of, figures["noise"], session.seed, count)
+        sides["judge"] = [row for _, row in ranked]
+        session.say(f"{len(further.prompts)} further prompts are ranked to train a judge")
+    for name, some in sides.items():
+        refuse_no_pair(name, len(some), sum(usable_pairs(row) for row in some))
+        write_jsonl(ctx.publish / f"{name}.jsonl", some)
     return {
         "rankings": len(rows),
         "pairs": sum(usable_pairs(row) for row in rows),
-        "train": len(train),
-        "validation": len(validation),
-        "labeler_agreement": labeler_agreement(rows[i] for i in validation),
+        **{name: len(some) for name, some in sides.items()},
+        **agreement_figures((rows[i] for i in validation), lambda row: str(world.task(row.prompt))),
         **figures,
         **session.notes.figures,
     }
-
-
-# -- rankings by people --------------------------------------------------------------------------
-
-
-def split_given(source: Source, fraction: float, folder: Path, session: Session, count: int | None) -> dict:
-    """Check rankings by people and split them by prompt, without holding them in memory.
-
-    All of them are written to one file first. Only then it is known which prompts are held out.
-
-    Args:
-        source: Where the rankings are.
-        fraction: The share of prompts to hold out.
-        folder: Where train.jsonl and validation.jsonl go.
-        session: The run.
-        count: The number of rankings, if it is known, for progress.
-
-    Returns:
-        The figures for the manifest.
-
-    Raises:
-        UserError: With the errors of the data; or one of the two files would have no usable pair.
-    """
-    whole, loaded = folder / ".tmp-all.jsonl", Loaded()
-    positions, pairs = array("d"), array("i")  # of each ranking
-    reader = reader_source(source)
-    rankings = sources.stream("rankings", reader, loaded)
-    with jsonl_writer(whole) as write:
-        for _, ranking in with_progress(rankings, session, count):
-            positions.append(position_of(prompt_key(ranking.prompt)))
-            pairs.append(usable_pairs(ranking))
-            write(ranking)
-    if loaded.errors:
-        raise UserError(shorten(loaded.errors))
-    session.notes.take_down("rankings", reader.name, loaded)
-    is_held_out = np.asarray(positions) <= held_out_limit(positions, fraction)
-    counts = {"train": int((~is_held_out).sum()), "validation": int(is_held_out.sum())}
-    for name, side in (("train", ~is_held_out), ("validation", is_held_out)):
-        refuse_no_pair(name, counts[name], int(np.asarray(pairs)[side].sum()))
-    train, validation = folder / "train.jsonl", folder / "validation.jsonl"
-    with whole.open("rb") as lines, train.open("wb") as first, validation.open("wb") as second:
-        for line, held in zip(lines, is_held_out, strict=True):
-            (second if held else first).write(line)
-    whole.unlink()
-    again = records("rankings", published(validation), Loaded())
-    return {
-        "rankings": len(positions),
-        "pairs": sum(pairs),
-        **counts,
-        "labeler_agreement": labeler_agreement(ranking for _, ranking in again),
-        **session.notes.figures,
-    }
-
-
-def refuse_no_pair(name: str, rankings: int, pairs: int) -> None:
-    """Raise UserError if a split has no usable pair.
-
-    Args:
-        name: The split.
-        rankings: The number of its rankings.
-        pairs: The number of its usable pairs.
-    """
-    if not pairs:
-        raise UserError(
-            [
-                f"data.rankings: the {name} split ({rankings} rankings) has no usable pair; add rankings, or "
-                f"change rankings.validation_fraction"
-            ]
-        )
-
-
-def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> Iterator[Item]:
-    """Yield rows; of many, show progress.
-
-    Args:
-        rows: The rows.
-        session: The run; a request to stop ends it.
-        count: About how many there are; None if that is not known.
-    """
-    if count is None or count < MANY_ROWS:
-        yield from rows
-        return
-    with session.tracker.progress(count, "rankings reading") as progress:
-        for done, row in enumerate(rows, 1):
-            yield row
-            if done % ROWS_AT_ONCE == 0:
-                session.leave_if_requested(0, 0)
-                progress.update(min(done, count))
 
 
 # -- rankings by scorers -------------------------------------------------------------------------
@@ -258,6 +188,7 @@ def publish_by_scorers(
     responses: SampledResponses,
     runtime: Runtime,
     ctx: StageRun[RankingsSettings, Experiment],
+    judge: float,
 ) -> dict:
     """Publish rankings of SFT's responses by scorers, split by prompt.
 
@@ -266,6 +197,7 @@ def publish_by_scorers(
         responses: SFT's responses.
         runtime: How reward models compute.
         ctx: The stage's context.
+        judge: The share of prompts whose rankings are kept for a judge.
 
     Returns:
         The figures for the manifest.
@@ -292,16 +224,20 @@ def publish_by_scorers(
     poll = session.interrupt(0, 0, lambda: None)
     rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
     scorer.close()
-    train, validation = held_out([prompt_key(one.prompt) for one in rankings], settings.validation_fraction)
-    for name, indices in {"train": train, "validation": validation}.items():
-        refuse_no_pair(name, len(indices), sum(usable_pairs(rankings[i]) for i in indices))
-        write_jsonl(ctx.publish / f"{name}.jsonl", (rankings[i] for i in indices))
+    positions = np.array([position_of(prompt_key(one.prompt)) for one in rankings])
+    split = split_rankings(positions, np.full(len(rankings), -1), [], settings.validation_fraction, judge)
+    sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
+    if judge:
+        sides["judge"] = kept_rankings.JUDGE
+    for name, side in sides.items():
+        some = [rankings[i] for i in np.flatnonzero(split.sides == side)]
+        refuse_no_pair(name, len(some), sum(usable_pairs(one) for one in some))
+        write_jsonl(ctx.publish / f"{name}.jsonl", some)
     every = [score for ranking in rankings for score in ranking.scores or ()]
     return {
         "rankings": len(rankings),
         "pairs": sum(usable_pairs(ranking) for ranking in rankings),
-        "train": len(train),
-        "validation": len(validation),
+        **{name: split.count(side) for name, side in sides.items()},
         "score": float(np.mean(every)),
         "unfinished": responses.unfinished_share,
         **session.notes.figures,
@@ -318,11 +254,6 @@ def request_keys(world: World, prompts: Sequence[str], seed: int) -> list[str]:
     responses to it, would be on both sides.
     """
     return [f"{seed} {world.request(prompt)}" for prompt in prompts]
-
-
-def usable_pairs(ranking: Ranking) -> int:
-    """Count the pairs of a ranking that say which of two different responses is better."""
-    return sum(verdict == "usable" for _, _, verdict in judged_pairs(ranking))
 
 
 def simulate(
@@ -342,9 +273,8 @@ def simulate(
     Returns:
         The rankings, and figures for the manifest.
     """
-    prompts, texts, finished = responses.prompts, responses.texts, responses.finished
-    answers = responses.answers
-    utilities = [world.labeler_utilities(*row) for row in zip(prompts, texts, finished, strict=True)]
+    prompts, answers = responses.prompts, responses.answers
+    utilities = utilities_of(world, responses)
     try:
         noise = labelers.calibrate_noise(utilities, answers, settings.agreement)
     except ValueError as problem:
@@ -357,18 +287,9 @@ def simulate(
         session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")
     keys = request_keys(world, prompts, session.seed)
     validation = set(held_out(keys, settings.validation_fraction)[1])
-    rows: list[Ranking] = []
-    ranked: list[int] = []  # which prompt each row ranks
-    for i, prompt in enumerate(prompts):
-        count = 2 if i in validation else settings.labelers_per_prompt
-        chooser = random.Random(derive_seed(session.seed, "labeler", i))
-        for k in chooser.sample(range(len(labelers.LABELERS)), count):
-            rng = np.random.default_rng(derive_seed(session.seed, "rank", i, k))
-            ranks = tuple(int(rank) for rank in labelers.rank(utilities[i][k], noise, rng, answers[i]))
-            name = labelers.LABELERS[k].name
-            ended = tuple(finished[i])
-            rows.append(Ranking(f"{i:05d}-{name}", prompt, tuple(texts[i]), ranks, name, finished=ended))
-            ranked.append(i)
+    labelers_of = [2 if i in validation else settings.labelers_per_prompt for i in range(len(prompts))]
+    ranked_rows = rank_all(responses, utilities, labelers_of, noise, session.seed)
+    ranked, rows = [i for i, _ in ranked_rows], [row for _, row in ranked_rows]
     held = [at for at, i in enumerate(ranked) if i in validation]
     ceiling = labelers.accuracy_ceiling(
         [utilities[ranked[at]] for at in held],
@@ -381,13 +302,78 @@ def simulate(
         "unfinished": responses.unfinished_share,
         "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
         "accuracy_ceiling": ceiling["realised"],
+        "accuracy_ceiling_ci95": ceiling_interval(
+            ceiling["by_prompt"], [str(world.task(rows[at].prompt)) for at in held]
+        ),
         "expected_accuracy_ceiling": ceiling["expected"],
     }
 
 
+def ceiling_interval(by_ranking: Sequence[tuple[float, int]], keys: Sequence[str]) -> list[float] | None:
+    """Return the 95 % interval of the accuracy ceiling over tasks; None without a pair.
+
+    Args:
+        by_ranking: For each held-out ranking, (pairs that are right, pairs).
+        keys: The task of each.
+    """
+    counts: dict[str, tuple[float, int]] = {}
+    for (right, pairs), key in zip(by_ranking, keys, strict=True):
+        before = counts.get(key, (0.0, 0))
+        counts[key] = (before[0] + right, before[1] + pairs)
+    counts = {key: own for key, own in counts.items() if own[1]}
+    return share_of_counts(counts)["ci95"] if counts else None
+
+
+def utilities_of(world: World, responses: SampledResponses) -> list[np.ndarray]:
+    """Return what each labeler thinks of the responses to each prompt, (labelers, K) each."""
+    columns = zip(responses.prompts, responses.texts, responses.finished, strict=True)
+    return [world.labeler_utilities(*row) for row in columns]
+
+
+def rank_all(
+    responses: SampledResponses,
+    utilities: Sequence[np.ndarray],
+    labelers_of: Sequence[int],
+    noise: float,
+    seed: int,
+    first: int = 0,
+) -> list[tuple[int, Ranking]]:
+    """Let some labelers rank the responses to each prompt.
+
+    Args:
+        responses: SFT's responses to P prompts.
+        utilities: What each labeler thinks of them, as of `utilities_of`.
+        labelers_of: The number of labelers who rank each prompt, (P,).
+        noise: The temperature of their noise.
+        seed: The experiment's seed.
+        first: The number of the first prompt, which labelers and noise are drawn by.
+
+    Returns:
+        (index of the prompt, ranking) of each.
+    """
+    rows: list[tuple[int, Ranking]] = []
+    for i, prompt in enumerate(responses.prompts):
+        number = first + i
+        chooser = random.Random(derive_seed(seed, "labeler", number))
+        for k in chooser.sample(range(len(labelers.LABELERS)), labelers_of[i]):
+            rng = np.random.default_rng(derive_seed(seed, "rank", number, k))
+            ranks = tuple(int(rank) for rank in labelers.rank(utilities[i][k], noise, rng, responses.answers_to(i)))
+            name = labelers.LABELERS[k].name
+            texts, ended = tuple(responses.texts[i]), tuple(responses.finished[i])
+            rows.append((i, Ranking(f"{number:05d}-{name}", prompt, texts, ranks, name, finished=ended)))
+    return rows
+
+
 def sample_responses(
-    settings: RankingsSettings, session: Session, runtime: Runtime, folder: Path, source: Source, launch: LaunchSettings
-) -> SampledResponses:
+    settings: RankingsSettings,
+    session: Session,
+    runtime: Runtime,
+    folder: Path,
+    source: Source,
+    launch: LaunchSettings,
+    world: World | None,
+    judge: float,
+) -> tuple[SampledResponses, int]:
     """Sample K responses of SFT to each prompt, with checkpoints between batches.
 
     Args:
@@ -397,6 +383,11 @@ def sample_responses(
         folder: The folder of the SFT model.
         source: Where the prompts are.
         launch: The section launch, which says how another engine than SFT itself runs.
+        world: The embedded world, which has further prompts; None where scorers rank.
+        judge: As many prompts more, as a share of the prompts, are for the judge.
+
+    Returns:
+        The responses, those for the judge last; the number of prompts that are not for the judge.
     """
     check_context(session, settings, folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
@@ -413,6 +404,13 @@ def sample_responses(
     kept, ids, report = fit_prompts(tokenizer, prompts, [locations[i] for i in chosen], limit, settings.response_length)
     session.say(f"{report.line('prompts')}; {settings.samples_per_prompt} samples each")
 
+    asked, count = [prompts[i] for i in kept], len(kept)
+    if world is not None and round(judge * count):
+        further = further_prompts(world, asked, round(judge * count), settings.validation_fraction, session.seed)
+        names = [f"further prompt {i} of the embedded world" for i in range(1, len(further) + 1)]
+        fitting, further_ids, _ = fit_prompts(tokenizer, further, names, limit, settings.response_length)
+        asked, ids = asked + [further[i] for i in fitting], [*ids, *further_ids]
+
     rollout = settings.rollout or EngineSettings()
     spec = engine_spec(
         rollout.engine,
@@ -426,14 +424,38 @@ def sample_responses(
     )
     engine = make_frozen_sampler("rankings", rollout, spec, session.say)
     sampler = Sampler(engine, policy, tokenizer, settings, session.seed)
-    responses = sample_in_batches(sampler, [prompts[i] for i in kept], ids, session)
+    responses = sample_in_batches(sampler, asked, ids, count, session)
     engine.close()
-    rows = [chosen[i] for i in kept]
-    return dataclasses.replace(responses, rows=[records[i].row() for i in rows], places=[locations[i] for i in rows])
+    places = [locations[chosen[i]] for i in kept]
+    rows = [records[chosen[i]].row() for i in kept]
+    return dataclasses.replace(responses, rows=rows, places=places), count
+
+
+def further_prompts(world: World, prompts: list[str], count: int, validation: float, seed: int) -> list[str]:
+    """Return prompts of the embedded world for a judge, whose requests are not in validation.
+
+    Its requests are few, so training has most of them too, in other words.
+
+    Args:
+        world: The embedded world.
+        prompts: The prompts whose rankings train, and are held out.
+        count: How many prompts to return.
+        validation: The share of requests that is held out.
+        seed: The experiment's seed.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    keys = request_keys(world, prompts, seed)
+    held = {world.request(prompts[i]) for i in held_out(keys, validation)[1]}
+    try:
+        return world.further_prompts(count, without=held)
+    except ValueError as problem:
+        raise UserError(f"rankings.judge_fraction: {problem}; lower it, or world.prompts") from None
 
 
 def sample_in_batches(
-    sampler: Sampler, prompts: list[str], ids: Sequence[list[int]], session: Session
+    sampler: Sampler, prompts: list[str], ids: Sequence[list[int]], count: int, session: Session
 ) -> SampledResponses:
     """Sample responses to all prompts in batches.
 
@@ -441,6 +463,8 @@ def sample_in_batches(
         sampler: SFT.
         prompts: P prompts.
         ids: Their ids through the chat template.
+        count: How many of them, from the first, are not for the judge. No batch has both kinds, so
+            that those are sampled as they are without a judge.
         session: The run; it resumes from its newest checkpoint.
 
     Returns:
@@ -456,7 +480,10 @@ def sample_in_batches(
         )
     size, eos_id = sampler.settings.batch_size, sampler.tokenizer.eos_token_id
     first = checkpoint.step if checkpoint else 0
-    total = first + -(-(len(prompts) - len(texts)) // size)  # batch_size may have changed since
+    # batch_size may have changed since
+    total = first + sum(
+        -(-left // size) for left in (max(0, count - len(texts)), len(prompts) - max(count, len(texts)))
+    )
 
     def save(step: int) -> None:
         if step:
@@ -464,7 +491,8 @@ def sample_in_batches(
 
     with session.tracker.progress(total, "rankings", first) as progress:
         for step in range(first + 1, total + 1):
-            batch = range(len(texts), min(len(texts) + size, len(prompts)))
+            end = count if len(texts) < count else len(prompts)
+            batch = range(len(texts), min(len(texts) + size, end))
             poll = session.interrupt(step - 1, total, partial(save, step - 1))
             try:
                 sampled = sampler.sample(batch, ids, poll)

@@ -117,6 +117,8 @@ def topics_of(results: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> 
         "gold": results["judge"] == "gold",
         "rm": "rm" in manifests or results["reward_model"]["accuracy"] is not None,
         "held_out": any(check["held_out"] for check in checks),
+        "kept": "kept" in results["judges"],
+        "judges": any(judge["climbed"] for judge in results["judges"].values()),
         "win_rate": any(policy["win_rate_vs_sft"] for policy in policies.values()),
         "perplexity": any(policy["pretrain_perplexity"] is not None for policy in policies.values()),
         "over": bool(checks) or results["judge"] == "gold",

@@ -5,9 +5,12 @@
 The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
 forward pass over the prompt and its K responses, so each response contributes to one gradient.
 (With loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias
-makes the demonstrations score 0 on average: `reward_bias` in config.json. With rm.held_out, a
-further model of another seed is trained: nothing is optimized against it, so evaluate measures
-over-optimisation with it.
+makes the demonstrations score 0 on average: `reward_bias` in config.json.
+
+Where rankings were kept for it (rankings.judge_fraction), one more model learns from those alone:
+judge/model, with as many passes over its rankings as the others make over theirs. No policy climbs
+it, so evaluate judges by it. With rm.held_out, a model of another seed learns from the rankings of
+the first one.
 """
 
 from collections.abc import Sequence
@@ -30,7 +33,7 @@ from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
-from stages.evaluation.statistics import rights
+from stages.evaluation.statistics import pair_accuracy
 from stages.evaluation.trust import trust
 from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
@@ -65,6 +68,9 @@ from stages.training.ranking import RankingModel, evaluate, ranking_task
 from stages.training.session import Session, session_of
 from stages.training.trainee import trainee_of
 
+JUDGE, HELD_OUT = "judge/model", "held_out/model"
+"""The folders of the models that only judge."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -86,6 +92,8 @@ class Data:
     """The prompts to train on, with their responses."""
     held_out: HeldOut
     """The held-out rankings."""
+    judge: Sequence[PromptGroup]
+    """The prompts that only the judge trains on; none where no rankings were kept for it."""
     demonstrations: list[Demonstration]
     """The demonstrations that score 0 on average."""
     report: LengthReport
@@ -103,7 +111,7 @@ class Members:
 
 
 def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
-    """Publish model/, and ensemble/1/, … and held_out/model/ if asked for.
+    """Publish model/, and ensemble/1/, …, held_out/model/ and judge/model/ if asked for.
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
     """
@@ -117,10 +125,10 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     data = load_data(
         config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes
     )
-    held, steps, names = data.held_out, total_steps(config, len(data.groups)), reward_models(ctx.experiment)
-    pairs = count_pairs(data.groups)
-    line = f"{data.report.line('rankings')}; {pairs} pairs; {len(held.groups)} rankings held out; {steps} steps"
-    session.say(f"{line} for each of {len(names)} models" if len(names) > 1 else line)
+    held, steps = data.held_out, total_steps(config, len(data.groups))
+    names = reward_models(ctx.experiment, has_judge=len(data.judge) > 0)
+    plan = [judge_steps(steps, data) if name == JUDGE else steps for name in names]
+    session.say(plan_line(data, plan, names))
     if ctx.experiment.model.peft is not None:
         note_default_rate(session, config)
     members, margins, trusted = restore_members(session, steps), [], []
@@ -128,21 +136,22 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         # 1 the policy's trunk, a new scalar head
         make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
         model = place_model(make, runtime, config.max_length)
-        trainee = trainee_of(config, model, steps, config.head_learning_rate)
+        trainee = trainee_of(config, model, plan[k], config.head_learning_rate)
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
-            say_written(session, provenance, [model], [model], len(names) * steps, sets=sets, copies=len(names))
+            say_written(session, provenance, [model], [model], sum(plan), sets=sets, copies=len(names))
         packed = can_pack_rows(session, [model], config.max_length)
         ranker = RankingModel(model, tokenizer.pad_token_id, replace(runtime, packed=packed))
         # 2 train
         is_new = k == len(members.figures)
         if is_new:
             batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            order = group_order(data.groups, steps, batch_size, (ctx.seed, "rm"), k)
-            task = ranking_task(config, ranker, data.groups, held.groups, order)
-            phase = phase_of(members, k, steps, len(names))
+            groups = data.judge if name == JUDGE else data.groups
+            order = group_order(groups, plan[k], batch_size, (ctx.seed, "rm"), k)
+            task = ranking_task(config, ranker, groups, held.groups, order)
+            phase = phase_of(members, k, plan)
             selection = config.selection("loss", higher_is_better=False)
-            figures = fit(session, runtime.accelerator, trainee, task, config.schedule(steps), selection, phase)
+            figures = fit(session, runtime.accelerator, trainee, task, config.schedule(plan[k]), selection, phase)
             members.figures.append(figures)
             if len(names) > 1:
                 members.tensors[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
@@ -166,9 +175,14 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
             check_published_score(model, shortest, tokenizer.pad_token_id)
         publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
         if is_new and k + 1 < len(names) and session.checkpoints.every:
-            save_members(session, members, k, steps, len(names))
-    figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins)
-    figures["accuracy_ceiling"] = ctx.manifests["rankings"]["metrics"].get("accuracy_ceiling")
+            save_members(session, members, k, plan)
+    pair_clusters = [held.clusters[held.groups[g].id] for g, _ in owners]
+    figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins, pair_clusters)
+    ranked = ctx.manifests["rankings"]["metrics"]
+    for key in ("accuracy_ceiling", "accuracy_ceiling_ci95"):
+        figures[key] = ranked.get(key)
+    if others := judge_figures(names, trusted, ranked):
+        figures["judges"] = others
     return {**figures, "truncated": data.report.truncated, "dropped": data.report.dropped, **session.notes.figures}
 
 
@@ -195,16 +209,46 @@ def load_data(
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
     groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
     held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
+    judge, file = [], rankings / "judge.jsonl"
+    if file.is_file():
+        judge, judge_report = load_groups(file, tokenizer, limit, cache)
+        report += judge_report
     validation = sources.load("rankings", published(rankings / "validation.jsonl"))
     return Data(
         groups=groups,
         held_out=HeldOut(held_groups, validation, clusters_of(validation, world)),
+        judge=judge,
         demonstrations=load_records("demonstrations", demonstrations, notes),
         report=report + held_report,
     )
 
 
 # -- several models, one after the other ---------------------------------------------------------
+
+
+def judge_steps(steps: int, data: Data) -> int:
+    """Return the judge's steps: as many passes over its rankings as others make over theirs.
+
+    Args:
+        steps: Steps of each of the others.
+        data: The data.
+    """
+    return max(1, round(steps * len(data.judge) / len(data.groups)))
+
+
+def plan_line(data: Data, plan: list[int], names: list[str]) -> str:
+    """Return the line that says what is trained on what, for how long.
+
+    Args:
+        data: The data.
+        plan: Steps of each model.
+        names: Folders of the models.
+    """
+    others = len(names) - (JUDGE in names)
+    pairs = count_pairs(data.groups)
+    line = f"{data.report.line('rankings')}; {pairs} pairs; {len(data.held_out.groups)} rankings held out"
+    line += f"; {plan[0]} steps" + (f" for each of {others} models" if others > 1 else "")
+    return f"{line}; {plan[-1]} for a judge, on {len(data.judge)} rankings of its own" if JUDGE in names else line
 
 
 def restore_members(session: Session, steps: int) -> Members:
@@ -231,50 +275,71 @@ def restore_members(session: Session, steps: int) -> Members:
     return Members(figures, tensors)
 
 
-def phase_of(members: Members, k: int, steps: int, count: int) -> Phase:
+def phase_of(members: Members, k: int, plan: list[int]) -> Phase:
     """Return the place of a model's training in the stage.
 
     Args:
         members: The models that are trained already.
         k: Index of the model.
-        steps: Steps of each model.
-        count: Number of models.
+        plan: Steps of each model.
     """
     state: dict[str, Any] = {"members": members.figures}
-    if count > 1:
-        state["steps"] = steps
-    return Phase(first=k * steps, total=count * steps, tensors=members.tensors, state=state)
+    if len(plan) > 1:
+        state["steps"] = plan[0]
+    return Phase(first=sum(plan[:k]), total=sum(plan), tensors=members.tensors, state=state)
 
 
-def save_members(session: Session, members: Members, k: int, steps: int, count: int) -> None:
+def save_members(session: Session, members: Members, k: int, plan: list[int]) -> None:
     """Save a checkpoint between two models.
 
     Args:
         session: The run.
         members: The models that are trained.
         k: Index of the last of them.
-        steps: Steps of each model.
-        count: Number of models.
+        plan: Steps of each model.
     """
     tensors = {name: gather_tensors(group) for name, group in members.tensors.items()}
-    state = {"members": members.figures, "steps": steps}
-    session.checkpoints.save((k + 1) * steps, tensors, state, count * steps)
+    state = {"members": members.figures, "steps": plan[0]}
+    session.checkpoints.save(sum(plan[: k + 1]), tensors, state, sum(plan))
 
 
-def accuracy_of_others(names: list[str], ensemble: int, margins: list[list[float]]) -> dict[str, float]:
+def accuracy_of_others(
+    names: list[str], ensemble: int, margins: list[list[float]], clusters: list[str]
+) -> dict[str, Any]:
     """Return the accuracy of the ensemble, by the mean of its scores, and of the held-out model.
 
     Args:
         names: Folders of all models.
         ensemble: How many of them, from the first, are the ensemble.
         margins: Margins of all held-out pairs, for each model.
+        clusters: The cluster of each pair.
     """
-    figures = {}
+    figures: dict[str, Any] = {}
     if ensemble > 1:
         mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]
-        figures["ensemble_accuracy"] = float(rights(mean).mean())
-    if names[-1] == "held_out/model":
-        figures["held_out_accuracy"] = float(rights(margins[-1]).mean())
+        together = pair_accuracy(mean, clusters)
+        figures |= {"ensemble_accuracy": together["accuracy"], "ensemble_accuracy_ci95": together["accuracy_ci95"]}
+    if HELD_OUT in names:
+        other = pair_accuracy(margins[names.index(HELD_OUT)], clusters)
+        figures |= {"held_out_accuracy": other["accuracy"], "held_out_accuracy_ci95": other["accuracy_ci95"]}
+    return figures
+
+
+def judge_figures(names: list[str], trusted: list[dict], ranked: dict[str, Any]) -> dict[str, dict]:
+    """Return what is known of the models that only judge, by judge.
+
+    Args:
+        names: Folders of all models.
+        trusted: How far each of them can be trusted.
+        ranked: The figures of the stage rankings.
+    """
+    figures = {}
+    for judge, folder in (("kept", JUDGE), ("held_out", HELD_OUT)):
+        if folder in names:
+            own = trusted[names.index(folder)]
+            figures[judge] = {key: own[key] for key in ("accuracy", "accuracy_ci95", "n_pairs", "ece")}
+    if "kept" in figures:
+        figures["kept"] |= {"rankings": ranked.get("judge"), "labelers_apart": ranked.get("judge_labelers_apart")}
     return figures
 
 

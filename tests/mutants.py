@@ -243,7 +243,9 @@ MUTANTS = [
         "kl.target, c.batch_size, kl.horizon",
         "kl.target, c.mini_batch_size, kl.horizon",
     ),
-    Mutant("ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["),
+    Mutant(
+        "ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["
+    ),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",
@@ -548,8 +550,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "split by row and not by prompt",
-        "held_out(keys, settings.validation_fraction)\n    for",
-        "held_out([row.id for row in rows], settings.validation_fraction)\n    for",
+        "held_out(keys, settings.validation_fraction)\n    sides",
+        "held_out([row.id for row in rows], settings.validation_fraction)\n    sides",
     ),
     Mutant(
         "rankings",
@@ -560,20 +562,15 @@ MUTANTS = [
     Mutant(
         "rankings",
         "the splits change names",
-        '(("train", train), ("validation", validation))',
-        '(("train", validation), ("validation", train))',
+        '{"train": [rows[i] for i in train], "validation": [rows[i] for i in validation]}',
+        '{"train": [rows[i] for i in validation], "validation": [rows[i] for i in train]}',
     ),
-    Mutant(
-        "rankings",
-        "all rows are trained on",
-        "    for name, indices in (",
-        "    train = range(len(rows))\n    for name, indices in (",
-    ),
+    Mutant("rankings", "all rows are trained on", '{"train": [rows[i] for i in train], ', '{"train": rows, '),
     Mutant(
         "rankings",
         "agreement is of all rows",
-        "labeler_agreement(rows[i] for i in validation)",
-        "labeler_agreement(rows)",
+        "agreement_figures((rows[i] for i in validation),",
+        "agreement_figures(rows,",
     ),
     Mutant(
         "rankings",
@@ -584,8 +581,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "responses that were cut off are judged as if they had ended",
-        "for row in zip(prompts, texts, finished, strict=True)]",
-        "for row in zip(prompts, texts, [[True] * len(fs) for fs in finished], strict=True)]",
+        "columns = zip(responses.prompts, responses.texts, responses.finished, strict=True)",
+        "columns = zip(responses.prompts, responses.texts, [[True] * len(f) for f in responses.finished], strict=True)",
     ),
     Mutant(
         "rankings",
@@ -608,20 +605,20 @@ MUTANTS = [
     Mutant(
         "rankings",
         "the same noise for every prompt",
-        'derive_seed(session.seed, "rank", i, k)',
-        'derive_seed(session.seed, "rank", k)',
+        'derive_seed(seed, "rank", number, k)',
+        'derive_seed(seed, "rank", k)',
     ),
     Mutant(
         "rankings",
         "the same noise for every labeler",
-        'derive_seed(session.seed, "rank", i, k)',
-        'derive_seed(session.seed, "rank", i)',
+        'derive_seed(seed, "rank", number, k)',
+        'derive_seed(seed, "rank", number)',
     ),
     Mutant(
         "rankings",
         "the same labelers for every prompt",
-        'derive_seed(session.seed, "labeler", i)',
-        'derive_seed(session.seed, "labeler")',
+        'derive_seed(seed, "labeler", number)',
+        'derive_seed(seed, "labeler")',
     ),
     Mutant(
         "rankings",
@@ -675,8 +672,8 @@ MUTANTS = [
     Mutant(
         "rankings",
         "prompts that were dropped get the samples of others",
-        "[prompts[i] for i in kept], ids",
-        "prompts[: len(kept)], ids",
+        "asked, count = [prompts[i] for i in kept], len(kept)",
+        "asked, count = prompts[: len(kept)], len(kept)",
     ),
     Mutant(
         "rankings",
@@ -924,9 +921,29 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity is the mean loss",
-        'return {"value": _exp(estimate["value"]), "ci95": ci95}',
-        'return {"value": estimate["value"], "ci95": ci95}',
+        'value, error = _exp(estimate["value"]), estimate["se"]',
+        'value, error = estimate["value"], estimate["se"]',
         "stages/evaluation/results.py",
+    ),
+    Mutant(
+        "rankings",
+        "the judge learns from validation",
+        "is_judged = ~is_held_out & (",
+        "is_judged = (",
+        "stages/shared/kept_rankings.py",
+    ),
+    Mutant(
+        "rm",
+        "the judge learns from the rankings of all",
+        "groups = data.judge if name == JUDGE else data.groups",
+        "groups = data.groups",
+    ),
+    Mutant(
+        "evaluate",
+        "the judge that PPO chose its policy by is independent",
+        'settings.held_out_reward_model is not None and settings.keep == "best"',
+        "False",
+        "stages/evaluate.py",
     ),
     # ── scorers ───────────────────────────────────────────────────────────────────────────────
     Mutant(

@@ -9,7 +9,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from data.check.config import HUB_ROWS, Input, limits_of, sources_of, tokenizer_of
+from data.check.config import HUB_ROWS, RANKED, Input, limits_of, sources_of, tokenizer_of
 from data.check.guess import guess_kind
 from data.check.inspect_file import check
 from data.check.report import Limits, OtherData, Report
@@ -169,6 +169,9 @@ def run_all(
         print(f"\n-- data.{kind}", file=out)
         if getattr(experiment.data, kind) == "world" and not Path(source.name).exists():
             print("written by the stage world, which has not run yet", file=out)
+            continue
+        if getattr(experiment.data, kind) == RANKED and not Path(source.name).exists():
+            print("what people rank (`rlhf rank`); there is no snapshot of it yet", file=out)
             continue
         found = 0
         for number, part in enumerate(source.parts, 1):

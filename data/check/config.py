@@ -31,6 +31,8 @@ READERS = {
     "evaluation_prompts": ("evaluate",),
 }
 """Kind of data → the sections of the config whose length limits hold for it."""
+RANKED, RANKED_FILE = "ranked", Path("people", "ranked", "rankings.jsonl")
+"""What a config calls the rankings that people made here, and where they are in its folder."""
 HUB_ROWS = 200
 """Rows of a data set on the Hub that are looked at without a limit."""
 
@@ -60,8 +62,24 @@ def sources_of(experiment: Any, home: Path) -> dict[str, Source]:
         if value == "world":
             sources[kind] = Source(path=home / "world" / f"{kind}.jsonl")
         elif value is not None:
-            sources[kind] = source_of(value)
+            source = source_of(value)
+            sources[kind] = with_ranked(source, home) if kind == "rankings" else source
     return sources
+
+
+def with_ranked(source: Source, home: Path) -> Source:
+    """Return a source of rankings in which "ranked" is the snapshot of what people ranked.
+
+    Args:
+        source: The source, or a mixture.
+        home: The folder of the experiment's artifacts.
+    """
+    if source.parts:
+        return replace(source, parts=tuple(with_ranked(part, home) for part in source.parts))
+    if RANKED not in (source.hub, str(source.path)):
+        return source
+    # People judge texts as they are, so a chat template in one is a part of it.
+    return replace(source, hub=None, path=home / RANKED_FILE, templated=source.templated or "keep")
 
 
 def source_of(value: Any) -> Source:

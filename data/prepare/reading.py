@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.check.command import is_local, same_file
-from data.check.config import source_of, sources_of
+from data.check.config import RANKED, source_of, sources_of
 from data.check.inspect_file import guess_kind
 from data.error_lines import shorten
 from data.prepare.spool import PROTECTED, UNREAD, Spool
@@ -114,7 +114,7 @@ def configured_sources(experiment: Any, home: Path) -> dict[str, Source]:
         return {}
     sources = sources_of(experiment, home)
     for kind in list(sources):
-        if getattr(experiment.data, kind) == "world" and not is_local(sources[kind]):
+        if getattr(experiment.data, kind) in ("world", RANKED) and not is_local(sources[kind]):
             del sources[kind]
     return sources
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def accuracy_ceiling(
     ranks: Sequence[Sequence[int | None]],
     answers: Sequence[Sequence[Hashable]],
     temperature: float,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return the accuracy of a scorer that knows everything except who ranked.
 
     It knows every utility, the noise and the mix of labelers, and prefers the response that a
@@ -184,11 +185,13 @@ def accuracy_ceiling(
     Returns:
         `realised`: its accuracy on these ranks (a toss-up counts half); `expected`: the mean of
         that over the noise; `n_pairs`: the pairs of different responses that were judged and not
-        tied.
+        tied; `by_prompt`: for each prompt, (sum of `realised` over its pairs, its pairs).
     """
     realised, expected, n = 0.0, 0.0, 0
+    by_prompt: list[tuple[float, int]] = []
     for utility, places, answer in zip(utilities, ranks, answers, strict=True):
         prefers = _prefers(_gaps(utility, answer), temperature).mean(axis=0)
+        before = (realised, n)
         for (i, j), p in zip(pairs(answer), prefers.tolist(), strict=True):
             first, second = places[i], places[j]
             if first is None or second is None or first == second:
@@ -196,4 +199,5 @@ def accuracy_ceiling(
             n += 1
             expected += max(p, 1.0 - p)
             realised += 0.5 if p == 0.5 else float((p > 0.5) == (first < second))
-    return {"realised": realised / max(1, n), "expected": expected / max(1, n), "n_pairs": n}
+        by_prompt.append((realised - before[0], n - before[1]))
+    return {"realised": realised / max(1, n), "expected": expected / max(1, n), "n_pairs": n, "by_prompt": by_prompt}

@@ -9,7 +9,7 @@ rows), the same ones for the same seed. `World.gold(prompt, response)` scores a 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -106,6 +106,26 @@ class World:
         """Yield {prompt} rows for rankings and PPO; none of them is a demonstration's."""
         return ({"prompt": prompt} for prompt, _ in self._split("prompts"))
 
+    def further_prompts(self, count: int, without: Collection[str] = ()) -> list[str]:
+        """Return prompts for training that are in no kind of data.
+
+        Their requests are those of training, so other prompts ask the same in other words.
+
+        Args:
+            count: The number of prompts.
+            without: Requests that none of them may have.
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        chosen: list[str] = []
+        for kind, wanted in quotas(count).items():
+            pool = [prompt for prompt, task in self._unused if task.kind == kind]
+            pool = [prompt for prompt in pool if self.request(prompt) not in without]
+            chosen += pool[: _available("further prompts", kind, wanted, len(pool))]
+        self._rng("further prompts").shuffle(chosen)
+        return chosen
+
     def evaluation_prompts(self) -> Iterator[dict]:
         """Yield {prompt} rows for the held-out evaluation.
 
@@ -135,12 +155,17 @@ class World:
 
     def _split(self, name: str) -> list[tuple[str, Task]]:
         """Return the (prompt, task) rows of a kind of prompts; no prompt is of two kinds."""
-        return self._splits[name]
+        return self._splits[0][name]
+
+    @property
+    def _unused(self) -> list[tuple[str, Task]]:
+        """Return the (prompt, task) rows that training may use and that no kind of data has."""
+        return self._splits[1]
 
     @cached_property
-    def _splits(self) -> dict[str, list[tuple[str, Task]]]:
-        """Draw the prompts of all three kinds."""
-        rng = self._rng("prompts")
+    def _splits(self) -> tuple[dict[str, list[tuple[str, Task]]], list[tuple[str, Task]]]:
+        """Draw the prompts of all three kinds; return them, and what is left for training."""
+        rng, unused = self._rng("prompts"), []
         splits: dict[str, list[tuple[str, Task]]] = {"demonstrations": [], "prompts": [], "evaluation_prompts": []}
         for kind in MIXTURE:
             pool = self._addressed(rng, self.shares.training[kind])
@@ -148,6 +173,7 @@ class World:
                 count = _available(name, kind, quotas(getattr(self.sizes, name))[kind], len(pool))
                 splits[name] += pool[:count]
                 del pool[:count]
+            unused += pool
             total = self.sizes.evaluation_prompts
             halves = (self.shares.held_out, total // 2), (self.shares.reworded, total - total // 2)
             for share, size in halves:
@@ -156,7 +182,7 @@ class World:
                 splits["evaluation_prompts"] += spread_evenly(pool, count)
         for rows in splits.values():
             rng.shuffle(rows)
-        return splits
+        return splits, unused
 
     def _addressed(self, rng: random.Random, requests: list[tuple[str, Task]]) -> list[tuple[str, Task]]:
         """Return every request with every opener and closer, shuffled."""

@@ -9,7 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import KINDS, Common, DataSource, ModelSettings, is_hub_id, local_folder, source_paths
+from pipeline.config.sections import (
+    KINDS,
+    RANKED,
+    Common,
+    DataSource,
+    ModelSettings,
+    is_hub_id,
+    local_folder,
+    source_paths,
+)
 from pipeline.trackers.names import PACKAGES
 
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -71,6 +80,9 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
                 if kind == "rankings":
                     what = "the world has no file of rankings; use null: simulated labelers rank then"
                     problems.append((where, what))
+            elif text == RANKED:
+                if kind != "rankings":
+                    problems.append((where, "what people ranked are rankings; use it as data.rankings"))
             elif not text or "\0" in text:
                 problems.append((where, "is empty; should be world, a path or a Hub id"))
             elif not is_hub_id(text) and not exists(text):

@@ -17,6 +17,8 @@ from pipeline.trackers.names import NAMES, TrackerName
 KINDS = ("documents", "demonstrations", "prompts", "evaluation_prompts", "rankings")
 OF_WORLD = ("documents", "demonstrations", "prompts", "evaluation_prompts")  # the stage `world` writes these
 
+RANKED = "ranked"  # as a path of data.rankings: the snapshot of what people ranked in this experiment
+
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 PACKAGE = re.compile(r"package:[A-Za-z0-9._-]+")
 FILE_SUFFIXES = (
@@ -170,7 +172,8 @@ class DataSettings(Section):
     )
     rankings: DataValue = setting(
         None,
-        "rankings by people (a path, a Hub id, {path, …} or a list of them). null: if the prompts are the world's, "
+        "rankings by people (a path, a Hub id, {path, …} or a list of them; ranked, also as a path: what people rank "
+        "here with `rlhf rank`). null: if the prompts are the world's, "
         "simulated labelers rank samples of the SFT model; otherwise there are no rankings",
     )
     validation_fraction: float = setting(0.05, "fraction of the records that is held out", gt=0, lt=1)
@@ -184,7 +187,10 @@ class DataSettings(Section):
         """
         if not isinstance(given, dict):
             return given
-        own = any(given.get(kind) not in (None, "world") for kind in OF_WORLD) or given.get("rankings") is not None
+        own = any(given.get(kind) not in (None, "world") for kind in OF_WORLD) or given.get("rankings") not in (
+            None,
+            RANKED,
+        )
         return dict.fromkeys(OF_WORLD) | given if own else given
 
 
@@ -376,6 +382,7 @@ class Common(Section):
     launch: LaunchSettings = Field(default_factory=LaunchSettings)
 
     _file: ConfigFile | None = PrivateAttr(None)
+    _ranked: Path | None = PrivateAttr(None)
 
     @property
     def taken(self) -> list[TakenSettings]:
@@ -388,6 +395,22 @@ class Common(Section):
     def file(self) -> ConfigFile | None:
         """Return the source of the experiment; None for one that Python code built."""
         return self._file
+
+    @property
+    def ranked(self) -> Path | None:
+        """Return the snapshot that `data.rankings: ranked` means; None if there is none.
+
+        It is known once the experiment's artifacts are opened.
+        """
+        return self._ranked
+
+    @property
+    def waits_for_people(self) -> bool:
+        """Return whether the config asks for what people rank, and nobody has ranked yet."""
+        value = self.data.rankings
+        parts = value if isinstance(value, list) else [value]
+        named = [part.path if isinstance(part, DataSource) else part for part in parts]
+        return RANKED in named and self._ranked is None
 
 
 COMMON: dict[str, type[Section]] = {

@@ -23,6 +23,7 @@ from stages.evaluation.statistics import (
     correlation_estimate,
     difference_estimate,
     mean_estimate,
+    share_estimate,
     win_rate,
 )
 
@@ -130,24 +131,26 @@ def check_cut_answers(policy: Measured, clusters: Sequence[Hashable]) -> dict:
     Returns:
         "n": how many answers were cut off. "share": their share of all answers. "finished_score",
         "cut_score": mean raw scores (before `missing_eos_score`); None for a kind without answers.
+        These three have their intervals under "ci95".
         "difference": cut minus finished, as from `contrast_estimate`; None with fewer than
         MIN_ANSWERS of either kind. The last three are None without raw scores.
     """
     finished = np.array([flag for row in policy.finished for flag in row], bool)
-    figures = {"n": int((~finished).sum()), "share": float((~finished).mean())}
+    of_cluster = [cluster for cluster, row in zip(clusters, policy.finished, strict=True) for _ in row]
+    share = share_estimate((~finished).astype(float).tolist(), of_cluster)
+    intervals = {"share": share["ci95"], "finished_score": None, "cut_score": None}
+    figures = {"n": int((~finished).sum()), "share": share["value"], "ci95": intervals}
     if policy.raw_scores is None:
         return figures | {"finished_score": None, "cut_score": None, "difference": None}
     raw = np.array([score for row in policy.raw_scores for score in row], float)
-    of_cluster = [cluster for cluster, row in zip(clusters, policy.finished, strict=True) for _ in row]
-    figures |= {"finished_score": _mean(raw[finished]), "cut_score": _mean(raw[~finished]), "difference": None}
+    for name, flags in (("finished_score", finished), ("cut_score", ~finished)):
+        chosen = np.flatnonzero(flags)
+        own = mean_estimate(raw[chosen], [of_cluster[i] for i in chosen]) if len(chosen) else {}
+        figures[name], intervals[name] = own.get("value"), own.get("ci95")
+    figures["difference"] = None
     if min(finished.sum(), (~finished).sum()) >= MIN_ANSWERS:
         figures["difference"] = contrast_estimate(raw, ~finished, of_cluster)
     return figures
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Return the mean; None without values."""
-    return float(values.mean()) if len(values) else None
 
 
 def check_held_out_judge(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.evaluation.judges import GOLD as GOLD_JUDGE
 from stages.evaluation.judges import HELD_OUT, REWARD_MODEL, Judge
-from stages.evaluation.statistics import mean_estimate, rights, share_estimate, win_rate
+from stages.evaluation.statistics import jackknife_interval, mean_estimate, rights, share_estimate, win_rate
 
 GOLD = ("helpful", "honest", "harmless", "overall")
 
@@ -89,7 +89,9 @@ def summarise(
         judges: The judges; the first one decides.
 
     Returns:
-        The figures, their 95 % intervals under "ci95", what each judge says under "judges", and
+        The figures, their 95 % intervals under "ci95" and standard errors under "se", their paired
+        differences to SFT under "differences_to_sft" (None for SFT), what each judge says under
+        "judges", and
         the deciding judge's verdict as "win_rate_vs_sft", "difference_to_sft" and "judge_climbed".
     """
     estimates = {
@@ -104,6 +106,8 @@ def summarise(
     return {
         **{key: estimate and estimate["value"] for key, estimate in estimates.items()},
         "ci95": {key: estimate and _proper(estimate["ci95"]) for key, estimate in estimates.items()},
+        "se": {key: estimate and estimate["se"] for key, estimate in estimates.items()},
+        "differences_to_sft": None if policy is sft else differences(policy, sft, clusters),
         "asked": policy.asked,
         "judge_climbed": bool(deciding.get("climbed")),
         "win_rate_vs_sft": deciding.get("win_rate_vs_sft"),
@@ -113,6 +117,56 @@ def summarise(
         "gold_known_tasks": _gold(policy, clusters, known, True),
         "gold_held_out_tasks": _gold(policy, clusters, known, False),
     }
+
+
+def differences(policy: Measured, sft: Measured, clusters: Sequence[Hashable]) -> dict[str, dict | None]:
+    """Estimate the differences of a policy's figures to SFT's, paired by prompt.
+
+    Args:
+        policy: What was measured of the policy.
+        sft: What was measured of SFT, on the same prompts.
+        clusters: The cluster of each prompt.
+
+    Returns:
+        {"score", "length", "eos_rate", "pretrain_perplexity"}: {"value", "ci95"}, or None where one
+        of the two was not measured.
+    """
+
+    def of(ours: list[list] | None, theirs: list[list] | None, bounded: bool = False) -> dict | None:
+        if ours is None or theirs is None:
+            return None
+        gaps = [float(np.mean(a)) - float(np.mean(b)) for a, b in zip(ours, theirs, strict=True)]
+        return _difference(np.array(gaps), clusters, bounded)
+
+    return {
+        "score": of(policy.reward_model_scores, sft.reward_model_scores),
+        "length": of(policy.lengths, sft.lengths),
+        "eos_rate": of(policy.finished, sft.finished, bounded=True),
+        "pretrain_perplexity": perplexity_difference(policy.text_losses, sft.text_losses),
+    }
+
+
+def perplexity_difference(ours: Sequence[float] | None, theirs: Sequence[float] | None) -> dict | None:
+    """Estimate the difference of two perplexities of the same rows, with a jackknife over rows.
+
+    Args:
+        ours: Mean cross-entropy per token of each row, (N,).
+        theirs: The same of the other model.
+
+    Returns:
+        {"value", "ci95"}; None without rows, or where a perplexity is too large for a float.
+    """
+    if not ours or not theirs:
+        return None
+    one, other = np.array(ours, float), np.array(theirs, float)
+
+    def gap(keep: np.ndarray) -> float:
+        return _exp(float(one[keep].mean())) - _exp(float(other[keep].mean()))
+
+    value = gap(np.ones(len(one), bool))
+    if not math.isfinite(value):
+        return None
+    return {"value": value, "ci95": _proper(jackknife_interval(gap, range(len(one))))}
 
 
 def verdict(name: str, policy: Measured, sft: Measured, clusters: Sequence[Hashable], judge: Judge) -> dict:
@@ -184,13 +238,14 @@ def perplexity_estimate(losses: Sequence[float] | None) -> dict | None:
         losses: Mean cross-entropy per token of each row, (N,); all rows have one length.
 
     Returns:
-        {"value", "ci95"}; None without rows. A value too large for a float is infinite.
+        {"value", "ci95", "se"}; None without rows. A value too large for a float is infinite.
     """
     if not losses:
         return None
     estimate = mean_estimate(losses, range(len(losses)))
     ci95 = estimate["ci95"] and [_exp(end) for end in estimate["ci95"]]
-    return {"value": _exp(estimate["value"]), "ci95": ci95}
+    value, error = _exp(estimate["value"]), estimate["se"]
+    return {"value": value, "ci95": ci95, "se": None if error is None else value * error}
 
 
 def _estimate(rows: list[list] | None, clusters: Sequence[Hashable], share: bool = False) -> dict | None:
@@ -233,8 +288,8 @@ def _gold(
         which: Take only the prompts whose `known` is this; None takes all.
 
     Returns:
-        The mean of each part, and the interval of "overall"; None without gold or without such
-        prompts.
+        The mean of each part, its interval under "parts_ci95", and that of "overall" as "ci95";
+        None without gold or without such prompts.
     """
     if policy.gold is None or (which is not None and known is None):
         return None
@@ -248,7 +303,8 @@ def _gold(
     }
     overall = estimates["overall"]
     figures = {part: estimate["value"] for part, estimate in estimates.items()}
-    return {**figures, "ci95": overall["ci95"], "n": len(chosen), "clusters": overall["clusters"]}
+    parts = {part: estimate["ci95"] for part, estimate in estimates.items() if part != "overall"}
+    return {**figures, "ci95": overall["ci95"], "parts_ci95": parts, "n": len(chosen), "clusters": overall["clusters"]}
 
 
 def _exp(value: float) -> float:

@@ -8,7 +8,7 @@ spread of these values is its error. `tests/stages/evaluation/test_intervals.py`
 the intervals contain the true value.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -35,15 +35,15 @@ def mean_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict
         clusters: The cluster of each observation.
 
     Returns:
-        {"value": the mean over observations, "ci95": [low, high], or None with one cluster, "n": N,
-        "clusters": G}. The interval is a point if all clusters are equal; that of `share_estimate`
-        is not.
+        {"value": the mean over observations, "ci95": [low, high], or None with one cluster, "se":
+        the standard error, or None, "n": N, "clusters": G}. The interval is a point if all clusters
+        are equal; that of `share_estimate` is not.
     """
     sums, counts = cluster_sums(values, clusters)
-    half_width = _half_width(sums, counts)
-    value = float(sums.sum() / counts.sum())
+    value, error = float(sums.sum() / counts.sum()), standard_error(sums, counts)
+    half_width = None if error is None else _t_quantile(len(sums)) * error
     ci95 = None if half_width is None else [value - half_width, value + half_width]
-    return {"value": value, "ci95": ci95, "n": len(values), "clusters": len(sums)}
+    return {"value": value, "ci95": ci95, "se": error, "n": len(values), "clusters": len(sums)}
 
 
 def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dict:
@@ -66,7 +66,16 @@ def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dic
     Returns:
         As from `mean_estimate`; "ci95" lies in [0, 1] and contains "value".
     """
-    sums, counts = cluster_sums(values, clusters)
+    return share_of_sums(*cluster_sums(values, clusters))
+
+
+def share_of_sums(sums: np.ndarray, counts: np.ndarray) -> dict:
+    """Estimate a share as `share_estimate` does, from the clusters' sums.
+
+    Args:
+        sums: (G,) the sum of each cluster's observations.
+        counts: (G,) their number.
+    """
     value = float(sums.sum() / counts.sum())
     intervals = []
     for interval in (_pseudo_cluster_interval(sums, counts), _logit_interval(sums, counts)):
@@ -74,7 +83,8 @@ def share_estimate(values: Sequence[float], clusters: Sequence[Hashable]) -> dic
             low, high = interval
             intervals.append([max(0.0, min(value, low)), min(1.0, max(value, high))])
     narrower = min(intervals, key=lambda interval: interval[1] - interval[0])
-    return {"value": value, "ci95": narrower, "n": len(values), "clusters": len(sums)}
+    error = standard_error(sums, counts)
+    return {"value": value, "ci95": narrower, "se": error, "n": int(counts.sum()), "clusters": len(sums)}
 
 
 def difference_estimate(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]) -> dict:
@@ -136,7 +146,7 @@ def correlation_estimate(xs: Sequence[float], ys: Sequence[float], clusters: Seq
     def fisher_z(keep: np.ndarray) -> float:
         return np.arctanh(np.clip(_spearman(xs[keep], ys[keep]), EDGE - 1, 1 - EDGE))
 
-    value, ci95 = _spearman(xs, ys), _jackknife_interval(fisher_z, clusters)
+    value, ci95 = _spearman(xs, ys), jackknife_interval(fisher_z, clusters)
     return {
         "value": None if np.isnan(value) else value,
         "ci95": None if ci95 is None else [float(np.tanh(end)) for end in ci95],
@@ -163,7 +173,7 @@ def contrast_estimate(values: Sequence[float], flags: Sequence[bool], clusters: 
             return float("nan")
         return float(flagged.mean() - others.mean())
 
-    return {"value": gap(np.ones(len(values), bool)), "ci95": _jackknife_interval(gap, clusters), "n": len(values)}
+    return {"value": gap(np.ones(len(values), bool)), "ci95": jackknife_interval(gap, clusters), "n": len(values)}
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
@@ -202,7 +212,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
-def _jackknife_interval(statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]) -> list[float] | None:
+def jackknife_interval(statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]) -> list[float] | None:
     """Return the jackknife interval of any statistic of the observations.
 
     Args:
@@ -227,8 +237,8 @@ def _jackknife_interval(statistic: Callable[[np.ndarray], float], clusters: Sequ
     return [float(whole - half_width), float(whole + half_width)]
 
 
-def _half_width(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Return half the width of the jackknife interval of a mean; None with one cluster.
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Return the jackknife's standard error of a mean; None with one cluster.
 
     Args:
         sums: (G,) the sum of each cluster's observations.
@@ -236,7 +246,7 @@ def _half_width(sums: np.ndarray, counts: np.ndarray) -> float | None:
     """
     if len(sums) < 2:
         return None
-    return _t_quantile(len(sums)) * _jackknife_error(_leave_one_out(sums, counts), sums.sum() / counts.sum())
+    return _jackknife_error(_leave_one_out(sums, counts), sums.sum() / counts.sum())
 
 
 def _logit_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float] | None:
@@ -261,7 +271,9 @@ def _pseudo_cluster_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[floa
     size = counts.mean()
     sums = np.concatenate([sums, np.full(PSEUDO_CLUSTERS, size), np.zeros(PSEUDO_CLUSTERS)])
     counts = np.concatenate([counts, np.full(2 * PSEUDO_CLUSTERS, size)])
-    center, half_width = float(sums.sum() / counts.sum()), _half_width(sums, counts)
+    error = standard_error(sums, counts)
+    assert error is not None, "there are several clusters"
+    center, half_width = float(sums.sum() / counts.sum()), _t_quantile(len(sums)) * error
     return center - half_width, center + half_width
 
 
@@ -361,38 +373,92 @@ def reliability(margins: Sequence[float], bins: int = 10) -> list[dict]:
     ]
 
 
+def calibration_interval(margins: Sequence[float], clusters: Sequence[Hashable]) -> list[float] | None:
+    """Return the jackknife interval of the expected calibration error; None with few clusters.
+
+    Args:
+        margins: As in `pair_accuracy`.
+        clusters: The cluster of each pair.
+    """
+    values = np.asarray(margins, float)
+    interval = jackknife_interval(lambda keep: expected_calibration_error(values[keep]), clusters)
+    return None if interval is None else [max(0.0, interval[0]), min(1.0, interval[1])]
+
+
 def expected_calibration_error(margins: Sequence[float], bins: int = 10) -> float:
     """Compute the expected calibration error of σ(margin) (Guo et al. 2017, eq. 3)."""
     curve = reliability(margins, bins)
     return sum(b["n_pairs"] * abs(b["accuracy"] - b["confidence"]) for b in curve) / len(margins)
 
 
-def agreements(rankings: Iterable[Ranking]) -> dict[tuple[str, str], tuple[int, int]]:
+def prompt_of(ranking: Ranking) -> str:
+    """Return a ranking's prompt as the cluster that it belongs to."""
+    return str(ranking.prompt)
+
+
+def agreements(
+    rankings: Iterable[Ranking], cluster_of: Callable[[Ranking], str] = prompt_of
+) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
     """Count how often each two labelers agree on responses that both ranked.
 
+    Args:
+        rankings: The rankings.
+        cluster_of: Returns the cluster of a ranking.
+
     Returns:
-        {(labeler, labeler): (pairs of responses that they order alike, pairs that both judged
-        without a tie)}; each two labelers in alphabetical order.
+        {(labeler, labeler): {cluster: (pairs of responses that they order alike, pairs that both
+        judged without a tie)}}; each two labelers in alphabetical order.
     """
+    clusters: dict[tuple, str] = {}
     by_prompt: dict[tuple, dict[str, tuple]] = {}
     for ranking in rankings:
         if ranking.labeler is not None:
             key = (str(ranking.prompt), ranking.answers)
             by_prompt.setdefault(key, {})[ranking.labeler] = ranking.ranks
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for by_labeler in by_prompt.values():
+            clusters[key] = cluster_of(ranking)
+    counts: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for key, by_labeler in by_prompt.items():
         for (first, first_ranks), (second, second_ranks) in combinations(sorted(by_labeler.items()), 2):
             for i, j in combinations(range(len(first_ranks)), 2):
                 x, y = (first_ranks[i], first_ranks[j]), (second_ranks[i], second_ranks[j])
                 if None in x or None in y or x[0] == x[1] or y[0] == y[1]:
                     continue
-                agree, total = counts.get((first, second), (0, 0))
-                counts[first, second] = (agree + ((x[0] < x[1]) == (y[0] < y[1])), total + 1)
+                of_pair = counts.setdefault((first, second), {})
+                agree, total = of_pair.get(clusters[key], (0, 0))
+                of_pair[clusters[key]] = (agree + ((x[0] < x[1]) == (y[0] < y[1])), total + 1)
     return counts
 
 
-def labeler_agreement(rankings: Iterable[Ranking]) -> float | None:
-    """Return the share of pairs that two labelers order alike; None if no pair has two."""
-    counts = agreements(rankings).values()
-    total = sum(pairs for _, pairs in counts)
-    return sum(agree for agree, _ in counts) / total if total else None
+def labeler_agreement(rankings: Iterable[Ranking], cluster_of: Callable[[Ranking], str] = prompt_of) -> dict | None:
+    """Estimate the share of pairs that two labelers order alike; None if no pair has two.
+
+    Args:
+        rankings: The rankings.
+        cluster_of: Returns the cluster of a ranking.
+
+    Returns:
+        As from `share_estimate`.
+    """
+    whole: dict[str, tuple[int, int]] = {}
+    for by_cluster in agreements(rankings, cluster_of).values():
+        for cluster, (agree, total) in by_cluster.items():
+            agreed, of = whole.get(cluster, (0, 0))
+            whole[cluster] = (agreed + agree, of + total)
+    return share_of_counts(whole) if whole else None
+
+
+def share_of_counts(counts: Mapping[str, tuple[float, int]]) -> dict:
+    """Estimate a share from (successes, tries) of each cluster, as `share_estimate` does."""
+    sums, totals = zip(*counts.values(), strict=True)
+    return share_of_sums(np.array(sums, float), np.array(totals, float))
+
+
+def agreement_figures(rankings: Iterable[Ranking], cluster_of: Callable[[Ranking], str] = prompt_of) -> dict[str, Any]:
+    """Return `labeler_agreement` and its interval; both are None where no pair has two labelers.
+
+    Args:
+        rankings: The rankings.
+        cluster_of: Returns the cluster of a ranking.
+    """
+    estimate = labeler_agreement(rankings, cluster_of) or {}
+    return {"labeler_agreement": estimate.get("value"), "labeler_agreement_ci95": estimate.get("ci95")}

@@ -7,11 +7,13 @@ from data.groups import Pair, PromptGroup
 from data.records import Ranking
 from stages.evaluation.statistics import (
     accuracy_by,
+    agreement_figures,
     agreements,
+    calibration_interval,
     expected_calibration_error,
-    labeler_agreement,
     pair_accuracy,
     reliability,
+    share_of_counts,
 )
 
 MANY_SOURCES = 50
@@ -47,22 +49,37 @@ def trust(
         sources.append(source_of.get(group.id) or "unnamed")
         # the prior that any score has to beat: the longer response is better
         longer.append(float(len(group.responses[pair.winner]) - len(group.responses[pair.loser])))
+
+    def cluster_of(ranking: Ranking) -> str:
+        return clusters[ranking.id]
+
     distance = [r[pair.loser] - r[pair.winner] for r, (_, pair) in zip(ranks, owners, strict=True)]
     return {
         **pair_accuracy(margins, pair_clusters),
         "longer_wins": pair_accuracy(longer, pair_clusters),
         "ece": expected_calibration_error(margins),
+        "ece_ci95": calibration_interval(margins, pair_clusters),
         "reliability": reliability(margins),
         "accuracy_by_k": accuracy_by(margins, [sum(x is not None for x in r) for r in ranks], pair_clusters),
         "accuracy_by_rank_distance": accuracy_by(margins, distance, pair_clusters),
         "accuracy_by_labeler": accuracy_by(margins, labelers, pair_clusters),
         **by_source(margins, longer, sources, pair_clusters),
-        "labeler_agreement": labeler_agreement(validation),
+        **agreement_figures(validation, cluster_of),
         "agreement_by_labelers": {
-            f"{one} / {other}": {"agreement": same / total, "n_pairs": total}
-            for (one, other), (same, total) in sorted(agreements(validation).items())
+            f"{one} / {other}": two_labelers(by_prompt)
+            for (one, other), by_prompt in sorted(agreements(validation, cluster_of).items())
         },
     }
+
+
+def two_labelers(by_prompt: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Return how often two labelers agree.
+
+    Args:
+        by_prompt: As of `agreements`.
+    """
+    estimate = share_of_counts(by_prompt)
+    return {"agreement": estimate["value"], "agreement_ci95": estimate["ci95"], "n_pairs": estimate["n"]}
 
 
 def by_source(

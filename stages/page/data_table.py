@@ -100,8 +100,11 @@ def sampled_rankings(manifests: dict[str, Manifest]) -> tuple[Cell, ...]:
     count = metrics_of(manifests, "rankings").get("rankings")
     readers = [stage for stage, manifest in ordered(manifests) if "rankings" in manifest["inputs"]]
     digest = sha256_of(manifests, "rankings", "train.jsonl") or NONE
-    file = Cell("train.jsonl, validation.jsonl", "SFT's samples, ranked by simulated labelers")
-    return (Cell("rankings"), file, Cell(NONE if count is None else f"{count:,}"), Cell(", ".join(readers)),
+    judged = metrics_of(manifests, "rankings").get("judge")
+    files = "train.jsonl, validation.jsonl" + (", judge.jsonl" if judged else "")
+    file = Cell(files, "SFT's samples, ranked by simulated labelers")
+    more = f"and {judged:,} for the kept judge" if judged else ""
+    return (Cell("rankings"), file, Cell(NONE if count is None else f"{count:,}", more), Cell(", ".join(readers)),
             Cell(digest[:12], code=True))  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from stages.page.curves import Journal
 from stages.page.numbers import listed, number
-from stages.page.plot import Curves, Dots, Key, Label, Line, Mark, Plot, Point, RowMark, Rows
+from stages.page.plot import Curves, Dots, Key, Label, Line, Mark, Plot, Point, RowMark, Rows, Spans
 from stages.page.sentences import judge_of
 
 PARTS = ("helpful", "honest", "harmless", "overall")
@@ -49,9 +49,10 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Plot]:
         return []
     rows = []
     for part in PARTS:
-        marks = [RowMark(values[part], n, f"{names[n]} {values[part]:.3f}") for n, values in gold.items()]
+        marks = [RowMark(values[part], n, f"{names[n]} {values[part]:.3f}", interval_of(values, part))
+                 for n, values in gold.items()]  # fmt: skip
         rows.append((part, marks))
-    caption = "Each row is one part of gold and each dot a policy. Further right is better."
+    caption = "Each row is one part of gold and each dot a policy, with 95 % intervals. Further right is better."
     halves = {
         "known tasks": {name: results["policies"][name]["gold_known_tasks"] for name in gold},
         "held-out tasks": {name: results["policies"][name]["gold_held_out_tasks"] for name in gold},
@@ -63,12 +64,16 @@ def gold_parts(results: dict, names: dict[str, str]) -> list[Plot]:
         rows.append((title, marks))
     if len(complete) == len(halves):
         caption += (
-            " The last two rows are overall gold for tasks that also occur in training and for tasks that do not, "
-            "with 95 % intervals."
+            " The last two rows are overall gold for tasks that also occur in training and for tasks that do not."
         )
     keys = tuple(Key(names[name], name, "dot") for name in gold)
     drawing = Rows(rows, "mean gold, 0 to 1", labelled=False)
     return [Plot("gold-by-part", "Where quality comes from", caption, drawing, keys, size="large")]
+
+
+def interval_of(gold: dict, part: str) -> list[float] | None:
+    """Return the interval of a part of gold; None where an older version gave none."""
+    return gold["ci95"] if part == "overall" else (gold.get("parts_ci95") or {}).get(part)
 
 
 def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[str, str]) -> list[Plot]:
@@ -89,8 +94,13 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
             kl["best_of_n"] = math.log(best_of) - (best_of - 1) / best_of
     scores = {name: number(policy["score"]) for name, policy in policies.items()}
     gold = {name: number((policy["gold"] or {}).get("overall")) for name, policy in policies.items()}
+    score_spans = spans_of(kl, {name: policy["ci95"]["score"] for name, policy in policies.items()})
+    gold_spans = spans_of(kl, {name: (policy["gold"] or {}).get("ci95") for name, policy in policies.items()})
     path = path_of(journal.evaluations) if journal else []
-    score_caption = f"Up is a higher score, right is further from SFT.{maximiser_warning(policies, names)}{note}"
+    score_caption = (
+        "Up is a higher score, right is further from SFT; bars are 95 % intervals."
+        f"{maximiser_warning(policies, names)}{note}"
+    )
     gold_caption = (
         "The same with the truth in place of the reward model. A gain in score that gold does not follow comes from "
         f"the reward model's mistakes.{note}"
@@ -98,10 +108,10 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
     plots = []
     if len(labels := labels_of(kl, scores, names)) > 1:
         keys = (Key("PPO during training, held out", "ppo", "faint"),) if path else ()
-        drawing = against_kl(labels, "score of the reward model", path)
+        drawing = against_kl(labels, "score of the reward model", score_spans, path)
         plots.append(Plot("score-against-kl", "Reward against KL", score_caption, drawing, keys, size="large"))
     if len(labels := labels_of(kl, gold, names)) > 1:
-        drawing = against_kl(labels, "gold, overall (0 to 1)")
+        drawing = against_kl(labels, "gold, overall (0 to 1)", gold_spans)
         plots.append(Plot("gold-against-kl", "Gold against KL", gold_caption, drawing, size="large"))
     return plots
 
@@ -131,15 +141,31 @@ def labels_of(kl: dict[str, float | None], values: dict[str, float | None], name
     return labels
 
 
-def against_kl(labels: Sequence[Label], unit: str, path: Sequence[Point] = ()) -> Curves:
+def spans_of(kl: dict[str, float | None], intervals: dict[str, Sequence[float] | None]) -> list[Spans]:
+    """Return the vertical interval of each policy whose KL and interval are known.
+
+    Args:
+        kl: Policy → its KL to SFT.
+        intervals: Policy → the 95 % interval of its value.
+    """
+    spans = []
+    for policy, ends in intervals.items():
+        x = kl[policy]
+        if x is not None and ends is not None:
+            spans.append(Spans([(x, ends[0], ends[1])], policy))
+    return spans
+
+
+def against_kl(labels: Sequence[Label], unit: str, spans: Sequence[Spans], path: Sequence[Point] = ()) -> Curves:
     """Return a drawing of one value of every policy against its KL to SFT.
 
     Args:
         labels: The name of each policy, where it is drawn.
         unit: What the y axis shows.
+        spans: The interval of each policy's value.
         path: KL and value of PPO while it trained.
     """
-    marks: list[Mark] = []
+    marks: list[Mark] = [*spans]
     if path:
         marks += [Line(path, "ppo", faint=True), Dots(path, "ppo", 4)]
     for label in labels:

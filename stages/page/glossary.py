@@ -8,6 +8,9 @@ WORDS = (
     ("rm", "Reward model", "A model that scores a response, trained on which of two responses people preferred."),
     ("rm", "Score", "The reward model's value of a response; demonstrations score 0 on average."),
     ("held_out", "Held-out reward model", "A second reward model of another seed, which no policy was trained on."),
+    ("kept", "Kept judge", "A reward model that learned from rankings which train nothing else, so that nothing climbs "
+     "it."),
+    ("judges", "Climbed", "A policy that was trained on a judge's score, or selected by it, has climbed this judge."),
     ("ppo", "PPO", "Proximal policy optimisation, which raises the score in small steps and penalises moving away "
      "from SFT."),
     ("ppo", "Episode", "One prompt, one sampled response and its reward, from which PPO learns."),
@@ -27,6 +30,7 @@ WORDS = (
     ("", "Greedy response", "The response that takes the most likely token at each position, instead of sampling."),
     ("over", "Over-optimisation", "A score that rises while what it should measure does not."),
     ("over", "Rank correlation", "How well two numbers agree on an order: 1 is the same order, −1 the reverse."),
+    ("", "Standard error (s.e.)", "How far an estimate is from the true value in a typical experiment."),
     ("", "95\u00a0% interval", "A range that would contain the true value in 95 of 100 such experiments."),
     ("rm", "Calibration error (ECE)", "How far the reward model's confidence is from how often it is correct."),
     ("rm", "K", "The number of responses to a prompt that a labeler ranked at once."),
@@ -39,8 +43,8 @@ def glossary(topics: set[str]) -> list[tuple[str, str]]:
     """Return the words that a page uses.
 
     Args:
-        topics: The policies on the page, and "gold", "rm", "held_out", "win_rate", "perplexity",
-            "over" and "adapter" where the page covers them.
+        topics: The policies on the page, and "gold", "rm", "held_out", "kept", "judges",
+            "win_rate", "perplexity", "over" and "adapter" where the page covers them.
 
     Returns:
         (word, meaning) of each, in alphabetical order.

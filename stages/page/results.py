@@ -6,7 +6,8 @@ from typing import Any
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "dpo": "DPO", "best_of_n": "best of n"}
 """Policy → its name on the page."""
 POLICY = {
-    "asked": "chat", "judge_climbed": False, "ci95": {}, "judges": {},
+    "asked": "chat", "judge_climbed": False, "ci95": {}, "se": {}, "differences_to_sft": {},
+    "judges": {},
     **dict.fromkeys((
         "score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity", "win_rate_vs_sft", "difference_to_sft",
         "gold", "gold_known_tasks", "gold_held_out_tasks",
@@ -15,8 +16,12 @@ POLICY = {
 """Every figure of a policy that the page may show → its value where it was not measured."""
 INTERVALS = ("score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity")
 """The figures of a policy that have a 95 % interval."""
-REWARD_MODEL = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece",
-                "orders_as_gold")  # fmt: skip
+DIFFERENCES = ("score", "length", "eos_rate", "pretrain_perplexity")
+"""The figures of a policy whose difference to SFT's is given."""
+REWARD_MODEL = (
+    "accuracy", "accuracy_ci95", "accuracy_ceiling", "accuracy_ceiling_ci95", "n_pairs", "labeler_agreement",
+    "labeler_agreement_ci95", "ece", "ece_ci95", "orders_as_gold",
+)  # fmt: skip
 """The figures of the reward model."""
 JUDGES = {"gold": "gold scorer", "reward_model": "reward model", "kept": "kept judge", "held_out": "held-out model"}
 """Judge → its name on the page; others have the name that the settings give them."""
@@ -30,7 +35,7 @@ JUDGE = {
 CHECKS = ("length", "cut", "held_out")
 """The checks for over-optimisation."""
 WHOLE = ("judge", "judge_name", "judges", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters",
-         "missing_eos_score", "response_length")  # fmt: skip
+         "missing_eos_score", "response_length", "temperature", "differs_from_training")  # fmt: skip
 """The figures of the evaluation as a whole."""
 PROMPTED = {"chat": "", "plain": "prompted in plain text", "few_shot": "prompted in plain text after a few examples"}
 """A policy's `asked` → how it was prompted, as a clause."""
@@ -47,9 +52,15 @@ def complete(results: dict[str, Any]) -> dict[str, Any]:
     checks = results.get("overoptimisation") or {}
     whole["overoptimisation"] = {name: dict.fromkeys(CHECKS) | check for name, check in checks.items() if check}
     for name, measured in results["policies"].items():
-        known = {k: v for k, v in measured.items() if v is not None or k not in ("asked", "ci95", "judges")}
+        known = {
+            k: v
+            for k, v in measured.items()
+            if v is not None or k not in ("asked", "ci95", "se", "differences_to_sft", "judges")
+        }
         policy = copy.deepcopy(POLICY) | known
         policy["ci95"] = dict.fromkeys(INTERVALS) | policy["ci95"]
+        policy["se"] = dict.fromkeys(INTERVALS) | policy["se"]
+        policy["differences_to_sft"] = dict.fromkeys(DIFFERENCES) | policy["differences_to_sft"]
         whole["policies"][name] = policy
     if whole["judges"] is None:
         take_older(whole)

@@ -4,6 +4,7 @@ from typing import Any
 
 from stages.page.numbers import capitalised, fixed, interval, listed, number, percent
 from stages.page.results import PROMPTED, judge_name, quality
+from stages.settings.evaluate import difference_lines
 
 MANY_CUT = 1 / 3
 """Share of cut-off responses above which the page warns."""
@@ -25,7 +26,11 @@ def marks(policy: dict[str, Any]) -> str:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """Return the notes below the table: units, the judge and what the marks mean."""
+    """Return the notes below the tables: units, the judge and what the marks mean.
+
+    Args:
+        results: results.json, completed.
+    """
     policies = results["policies"]
     units = "KL in nats and length in tokens, both per response"
     if any(policy["win_rate_vs_sft"] for policy in policies.values()):
@@ -41,8 +46,10 @@ def notes(results: dict[str, Any]) -> list[str]:
         lines.append("no reward model judged the responses")
     prompted = {policy["asked"] for policy in policies.values()} - {"chat"}
     lines += [f"* {PROMPTED[form]}, not through the chat template" for form in sorted(prompted)]
-    if any(policy["judge_climbed"] for policy in policies.values()):
+    climbed = any(verdict["climbed"] for policy in policies.values() for verdict in policy["judges"].values())
+    if climbed and (len(results["judges"]) > 1 or any(policy["judge_climbed"] for policy in policies.values())):
         lines.append("† trained on the judge's score or selected by it, so the judge overrates it")
+    lines += difference_lines(results["differs_from_training"] or [])
     return lines
 
 

@@ -58,6 +58,12 @@ def share_cell(value: Any, ci95: Sequence[float] | None = None, digits: int = 1)
     return Cell(percent(value, digits), f"{interval(*ci95, digits)}\u00a0%" if ci95 else "")
 
 
+def erring_cell(value: Any, digits: int, ci95: Sequence[float] | None, error: float | None) -> Cell:
+    """Return a cell with a number, its 95 % interval and its standard error."""
+    cell = value_cell(value, digits, ci95)
+    return cell if error is None or not cell.small else Cell(cell.text, f"{cell.small}; s.e. {fixed(error, digits)}")
+
+
 def estimate_cell(estimate: dict[str, Any] | None, digits: int) -> Cell:
     """Return a cell with an estimate {value, ci95}; empty where there is none."""
     known = estimate or {}

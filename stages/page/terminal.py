@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from stages.page.numbers import NONE, fixed, interval, number, percent
-from stages.page.results import NAMES, complete, quality
+from stages.page.results import NAMES, complete, judge_name, quality
 from stages.page.sentences import cut_sentences, marks, notes
 from stages.page.trust import warnings
 
@@ -35,6 +35,8 @@ def show(folder: Path, console: Console) -> None:
     console.print(policy_table(results))
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))
+    for line in other_judges(results):
+        console.print(Text(line), soft_wrap=True)
     for line in notes(results):
         console.print(Text(line, style="dim"), soft_wrap=True)
     for line in cut_sentences(results, NAMES) + warnings(results, NAMES):
@@ -88,6 +90,31 @@ def cells_of(name: str, policy: dict[str, Any]) -> dict[str, str]:
         "perplexity": fixed(policy["pretrain_perplexity"]),
         "length": fixed(policy["length"], 1),
     }
+
+
+def other_judges(results: dict[str, Any]) -> list[str]:
+    """Return lines on the judges beside the one that decides, and on the kept judge's accuracy.
+
+    Args:
+        results: results.json, completed.
+    """
+    lines, policies = [], results["policies"]
+    kept = results["judges"].get("kept") or {}
+    if number(kept.get("accuracy")) is not None:
+        span = f" ({interval(*kept['accuracy_ci95'], 1)})" if kept["accuracy_ci95"] else ""
+        lines.append(f"kept judge: correct on {percent(kept['accuracy'], 1)} of held-out pairs{span}")
+    for judge in results["judges"]:
+        if judge == results["judge_name"]:
+            continue
+        parts = []
+        for name, policy in policies.items():
+            rate = policy["judges"][judge]["win_rate_vs_sft"]
+            if name != "sft" and rate:
+                mark = " †" if policy["judges"][judge]["climbed"] else ""
+                parts.append(f"{NAMES.get(name, name)} {percent(rate['value'])}{mark} ({interval(*rate['ci95'])})")
+        if parts:
+            lines.append(f"win rates by {judge_name(judge)}: {', '.join(parts)}")
+    return lines
 
 
 def reward_model_line(reward_model: dict[str, Any]) -> str:

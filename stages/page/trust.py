@@ -7,8 +7,8 @@ cut off, and the reward model's own accuracy. Where there is gold, it is compare
 from dataclasses import dataclass
 from typing import Any
 
-from stages.evaluation.statistics import rank_correlation
-from stages.page.numbers import NONE, capitalised, fixed, number, percent
+from stages.evaluation.statistics import correlation_estimate, share_estimate
+from stages.page.numbers import NONE, capitalised, fixed, interval, number, percent
 from stages.page.table import Cell, Table, dense, estimate_cell, policy_cell, share_cell, value_cell
 
 Results = dict[str, Any]
@@ -35,10 +35,14 @@ def sentences(results: Results, names: dict[str, str]) -> list[str]:
         names: Policy → its name on the page.
     """
     texts = [finding.text for finding in findings(results, names)]
-    if any((checks or {}).get("held_out") for checks in results["overoptimisation"].values()):
+    has_held_out = any((checks or {}).get("held_out") for checks in results["overoptimisation"].values())
+    if has_held_out:
         texts.append("The held-out model learned from the same rankings, so both share the mistakes in them.")
-    elif texts:
-        texts.append("There is no held-out reward model for comparison; rm.held_out: true trains one.")
+    if kept := results["judges"].get("kept"):
+        others = "other rankings, by other labelers" if kept["labelers_apart"] else "other rankings"
+        texts.append(f"The kept judge learned from {others}; what all labelers get wrong it gets wrong too.")
+    elif texts and not has_held_out:
+        texts.append("No other reward model was trained to judge; rankings.judge_fraction keeps rankings for one.")
     return texts
 
 
@@ -53,9 +57,46 @@ def findings(results: Results, names: dict[str, str]) -> list[Finding]:
     for name in ("ppo", "dpo", "best_of_n"):
         if results["overoptimisation"].get(name) is not None:
             shown = capitalised(names[name])
-            checks = (by_held_out(results, name, shown), by_length(results, name, shown), by_ends(results, name, shown))
-            everything += [finding for finding in checks if finding is not None]
+            checks = (by_kept, by_held_out, by_length, by_ends)
+            found = [check(results, name, shown) for check in checks]
+            everything += [finding for finding in found if finding is not None]
     return everything
+
+
+def by_kept(results: Results, name: str, shown: str) -> Finding | None:
+    """Compare a policy's win rate by the reward model with that by the kept judge.
+
+    Scores of two models have different scales, so wins are compared and not gains.
+
+    Args:
+        results: results.json, completed.
+        name: The policy.
+        shown: Its name at the beginning of a sentence.
+
+    Returns:
+        What was found, or None without a kept judge.
+    """
+    judges = results["policies"][name]["judges"]
+    rate = (judges.get("kept") or {}).get("win_rate_vs_sft")
+    if rate is None or not rate["ci95"]:
+        return None
+    own = judges.get("reward_model") or {}
+    by_own = ""
+    if own.get("win_rate_vs_sft"):
+        climbed = ", which it climbed," if own["climbed"] else ""
+        by_own = (
+            f"{percent(own['win_rate_vs_sft']['value'])} of the comparisons with SFT by the reward model{climbed} and "
+        )
+    low, high = rate["ci95"]
+    text = (
+        f"{shown} wins {by_own}{percent(rate['value'])}{'' if by_own else ' of the comparisons with SFT'} by the kept "
+        f"judge (95\u00a0% interval {interval(low, high)})"
+    )
+    if low <= 0.5:
+        return Finding(
+            f"{text}: no clear gain, so the score may come from the first model's mistakes.", is_warning=True
+        )
+    return Finding(f"{text}.")
 
 
 def by_held_out(results: Results, name: str, shown: str) -> Finding | None:
@@ -186,13 +227,15 @@ def held_out_row(results: Results, names: dict[str, str], name: str) -> tuple[Ce
     """Return a policy's row of the comparison with the held-out reward model."""
     held_out = results["overoptimisation"][name]["held_out"]
     score, sft_score = (number(results["policies"][policy]["score"]) for policy in (name, "sft"))
-    gain = None if name == "sft" or score is None or sft_score is None else score - sft_score
+    gain = results["policies"][name]["differences_to_sft"]["score"]
+    if gain is None and name != "sft" and score is not None and sft_score is not None:
+        gain = {"value": score - sft_score}  # an older version gives no interval
     rate = held_out["win_rate_vs_sft"] or {}
     return (
         policy_cell(name, names),
-        value_cell(score, 2),
+        value_cell(score, 2, results["policies"][name]["ci95"]["score"]),
         estimate_cell(held_out["score"], 2),
-        value_cell(gain, 2),
+        estimate_cell(gain, 2),
         estimate_cell(held_out["difference_to_sft"], 2),
         share_cell(rate.get("value"), rate.get("ci95")),
     )
@@ -201,18 +244,21 @@ def held_out_row(results: Results, names: dict[str, str], name: str) -> tuple[Ce
 def length_row(results: Results, names: dict[str, str], name: str) -> tuple[Cell, ...]:
     """Return a policy's row of the correlation of score and length."""
     check = results["overoptimisation"][name]["length"]
-    length = value_cell(results["policies"][name]["length"], 1)
+    policy = results["policies"][name]
+    length = value_cell(policy["length"], 1, policy["ci95"]["length"])
     return (policy_cell(name, names), length, estimate_cell(check["within"], 2), estimate_cell(check["gain"], 2))
 
 
 def cut_row(results: Results, names: dict[str, str], name: str) -> tuple[Cell, ...]:
     """Return a policy's row of the scores of cut-off and finished responses."""
     cut = results["overoptimisation"][name]["cut"]
+    ci95 = cut.get("ci95") or {}
+    share = share_cell(cut["share"], ci95.get("share"))
     return (
         policy_cell(name, names),
-        Cell(f"{cut['n']:,}", percent(cut["share"], 1)),
-        value_cell(cut["finished_score"], 2),
-        value_cell(cut["cut_score"], 2),
+        Cell(share.text, f"{cut['n']:,}; {share.small}" if share.small else f"{cut['n']:,}"),
+        value_cell(cut["finished_score"], 2, ci95.get("finished_score")),
+        value_cell(cut["cut_score"], 2, ci95.get("cut_score")),
         estimate_cell(cut["difference"], 2),
     )
 
@@ -238,27 +284,33 @@ def gold_table(samples: list[dict[str, Any]], results: Results, names: dict[str,
     for name in results["policies"]:
         prompts = by_prompt(samples, name)
         scored = [row for rows_of_prompt in prompts for row in rows_of_prompt if number(row.get("score")) is not None]
-        rho = None
-        if scored:
-            rho = rank_correlation([row["score"] for row in scored], [row["gold"]["overall"] for row in scored])
-        rows.append((policy_cell(name, names), value_cell(rho, 2), Cell(percent(agreement(prompts, sft_prompts)))))
+        rho = correlation_estimate(
+            [row["score"] for row in scored],
+            [row["gold"]["overall"] for row in scored],
+            [cluster_of(r) for r in scored],
+        )
+        same = agreement(prompts, sft_prompts) or {}
+        rows.append(
+            (policy_cell(name, names), estimate_cell(rho, 2), share_cell(same.get("value"), same.get("ci95"), 0))
+        )
     if all(row[1].text == NONE for row in rows):
         return []
     head = ("policy", "rank correlation of score and gold", "prefer the same response, against SFT's")
     return [Table("Score and gold", head, tuple(rows))]
 
 
-def agreement(prompts: list[list[dict[str, Any]]], sft_prompts: list[list[dict[str, Any]]]) -> float | None:
-    """Return how often score and gold prefer the same response, a policy's or SFT's.
+def agreement(prompts: list[list[dict[str, Any]]], sft_prompts: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Estimate how often score and gold prefer the same response, a policy's or SFT's.
 
     Args:
         prompts: The policy's rows of responses.jsonl, grouped by prompt.
         sft_prompts: SFT's rows, in the same groups.
 
     Returns:
-        The share of all comparisons in which neither is a tie; None where there are none.
+        The share of all comparisons in which neither is a tie, as from `share_estimate`; None where
+        there are none.
     """
-    decided = []
+    decided, clusters = [], []
     for ours, theirs in zip(prompts, sft_prompts, strict=True):
         for a in ours:
             for b in theirs:
@@ -266,8 +318,14 @@ def agreement(prompts: list[list[dict[str, Any]]], sft_prompts: list[list[dict[s
                     continue
                 product = (a["score"] - b["score"]) * (a["gold"]["overall"] - b["gold"]["overall"])
                 if product != 0:
-                    decided.append(product > 0)
-    return sum(decided) / len(decided) if decided else None
+                    decided.append(float(product > 0))
+                    clusters.append(cluster_of(a))
+    return share_estimate(decided, clusters) if decided else None
+
+
+def cluster_of(row: dict[str, Any]) -> str:
+    """Return the independent unit of a response: its task where it is known, or its prompt."""
+    return row.get("cluster") or str(row["prompt"])
 
 
 def by_prompt(samples: list[dict[str, Any]], policy: str) -> list[list[dict[str, Any]]]:

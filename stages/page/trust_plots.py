@@ -9,6 +9,7 @@ import numpy as np
 from stages.evaluation.statistics import mean_estimate, share_estimate
 from stages.page.numbers import number
 from stages.page.plot import Cloud, Curves, Dots, Key, Label, Line, Mark, Plot, Spans
+from stages.page.trust import cluster_of
 
 FEWEST_RESPONSES = 10
 """Finished responses below which a policy has no curve of score against length."""
@@ -61,11 +62,6 @@ def length_plots(samples: list[dict[str, Any]], policies: Sequence[str], names: 
     keys = tuple(Key(names[name], name, "dot") for name in curves)
     drawing = Curves(marks, "length, tokens", "score")
     return [Plot("score-against-length", "Score against length", caption, drawing, keys, size="large")]
-
-
-def cluster_of(row: dict[str, Any]) -> str:
-    """Return the independent unit of a response: its task where it is known, or its prompt."""
-    return row.get("cluster") or str(row["prompt"])
 
 
 def gold_plots(samples: list[dict[str, Any]], policies: Sequence[str], names: dict[str, str]) -> list[Plot]:

@@ -39,7 +39,9 @@ def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
     lines: list[str] = []
     for kind in kinds:
         value = getattr(experiment.data, kind)
-        source = None if value is None else source_of(value)
+        ranked = experiment.ranked if kind == "rankings" else None
+        is_there = value is not None and not (kind == "rankings" and experiment.waits_for_people)
+        source = source_of(value, ranked) if is_there else None
         for part in () if source is None else source.parts or (source,):
             if part.path is not None:
                 lines += errors_in_head(kind, reader_source(part))

@@ -6,7 +6,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
-from stages.settings.policies import compared_policies, needs_reward_model
+from stages.settings.policies import compared_policies, needs_reward_model, ranks_by_scorers, simulates_labelers
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 STAGES = ("base", "sft", "ppo", "dpo")  # those that make a policy
-RM_FIGURES = ("accuracy", "accuracy_ci95", "accuracy_ceiling", "n_pairs", "labeler_agreement", "ece")
+RM_FIGURES = (
+    "accuracy",
+    "accuracy_ci95",
+    "accuracy_ceiling",
+    "accuracy_ceiling_ci95",
+    "n_pairs",
+    "labeler_agreement",
+    "labeler_agreement_ci95",
+    "ece",
+    "ece_ci95",
+)
 FIXED = (
     "num_prompts",
     "max_length",
@@ -158,6 +168,46 @@ def check(experiment: "Experiment") -> list[str]:
                 )
     lines += no_room_for_prompt(experiment, "evaluate")
     return lines + over_context(experiment, "evaluate", *text_lengths(experiment))
+
+
+def differences_from_training(experiment: "Experiment") -> list[dict[str, Any]]:
+    """Return the settings by which responses are sampled or scored otherwise than in training.
+
+    They are allowed: people do use a policy at another temperature. But a figure measured so is not
+    what training worked on, so results.json, the page and a line say it.
+
+    Returns:
+        {"setting", "value", "training": the other setting, "training_value"} of each.
+    """
+    settings, policies, found = experiment.evaluate, compared_policies(experiment), []
+
+    def compare(stage: str, *keys: str, only_longer: bool = False) -> None:
+        for key in keys:
+            # PPO has neither top-k nor top-p: it samples from all tokens
+            value, theirs = getattr(settings, key), getattr(getattr(experiment, stage), key, None)
+            if value != theirs and not (only_longer and value < theirs):
+                found.append({"setting": f"evaluate.{key}", "value": value, "training": f"{stage}.{key}",
+                              "training_value": theirs})  # fmt: skip
+
+    stages = needs(experiment)
+    if "ppo" in policies:
+        compare("ppo", "temperature", "top_k", "top_p", "response_length", "max_length")
+    for stage in ("rm", "dpo"):
+        if stage in stages:
+            compare(stage, "max_length", only_longer=True)
+    sampled = simulates_labelers(experiment) or ranks_by_scorers(experiment)
+    if sampled and {"rm", "dpo"} & set(stages):
+        compare("rankings", "temperature", "top_k", "top_p", "response_length")
+    return found
+
+
+def difference_lines(differences: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each of `differences_from_training`, without a full stop."""
+    lines = []
+    for found in differences:
+        value, theirs = ("not set" if x is None else x for x in (found["value"], found["training_value"]))
+        lines.append(f"{found['setting']} is {value} and {found['training']} {theirs}, so training saw other responses")
+    return lines
 
 
 def text_lengths(experiment: "Experiment") -> list[str]:

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from pipeline.config.section import Section
 from pipeline.config.sections import Common
 from pipeline.stage import Stage
 from stages.settings import base, dpo, evaluate, lm_eval, ppo, rankings, refusals, report, reward_bench, rm, sft, world
@@ -10,6 +11,7 @@ from stages.settings.dpo import DPOSettings
 from stages.settings.evaluate import EvaluateSettings
 from stages.settings.lm_eval import LMEvalSettings
 from stages.settings.ppo import PPOSettings
+from stages.settings.rank import RankSettings
 from stages.settings.rankings import RankingsSettings
 from stages.settings.refusals import RefusalsSettings
 from stages.settings.report import ReportSettings
@@ -25,9 +27,12 @@ STAGES: dict[str, Stage] = {
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
 
+# Sections of commands that are no stages: of what people say in a browser.
+PEOPLE: dict[str, type[Section]] = {"rank": RankSettings}
+
 
 class Experiment(Common):
-    """Hold one experiment: the common sections and one section per stage."""
+    """Hold one experiment: the common sections, one per stage, and those of PEOPLE."""
 
     world: WorldSettings = Field(default_factory=WorldSettings)
     base: BaseSettings = Field(default_factory=BaseSettings)
@@ -41,3 +46,4 @@ class Experiment(Common):
     reward_bench: RewardBenchSettings = Field(default_factory=RewardBenchSettings)
     refusals: RefusalsSettings = Field(default_factory=RefusalsSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
+    rank: RankSettings = Field(default_factory=RankSettings)

@@ -11,6 +11,9 @@ from stages.settings.scorers.scorer import scorer_stages
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
+JUDGE_SHARE = 0.2
+"""The share of people's rankings that is kept to train a judge, where it is not set."""
+
 
 def simulates_labelers(experiment: "Experiment") -> bool:
     """Return whether simulated labelers rank: they know only the world's prompts."""
@@ -76,13 +79,36 @@ def needs_reward_model(experiment: "Experiment") -> bool:
     return experiment.data.prompts is not None and has_rankings(experiment)
 
 
-def reward_models(experiment: "Experiment") -> list[str]:
-    """Return the folders of the models that rm trains: model, ensemble/1, …, held_out/model."""
+def judge_share(experiment: "Experiment") -> float:
+    """Return the share of prompts whose rankings are kept to train a judge; 0: none.
+
+    Where it is not set, rankings by people are kept where a policy is compared that climbs the
+    reward model: by that model alone nobody could tell whether the policy became better.
+    """
+    share = experiment.rankings.judge_fraction
+    if share is not None:
+        return share
+    climbs = {"ppo", "best_of_n"} & set(compared_policies(experiment))
+    return JUDGE_SHARE if climbs and experiment.data.rankings is not None else 0.0
+
+
+def reward_models(experiment: "Experiment", has_judge: bool) -> list[str]:
+    """Return the folders of the models that rm trains.
+
+    These are model, ensemble/1, …, held_out/model and judge/model. Without a choice, the held-out
+    model is trained where nothing better shows over-optimisation: no gold scorer, no judge.
+
+    Args:
+        experiment: The validated experiment.
+        has_judge: Whether rankings were kept to train a judge.
+    """
     settings = experiment.rm
     folders = ["model"] + [f"ensemble/{index}" for index in range(1, settings.ensemble)]
     held_out = settings.held_out
     if held_out is None:
-        held_out = experiment.data.rankings is not None
+        held_out = experiment.data.rankings is not None and not has_judge
     if held_out:
         folders.append("held_out/model")
+    if has_judge:
+        folders.append("judge/model")
     return folders

@@ -18,13 +18,22 @@ if TYPE_CHECKING:
 class RankingsSettings(Section):
     """Choose how responses are sampled and ranked.
 
-    Only validation_fraction is used if data.rankings is set: then people ranked.
+    If people ranked (data.rankings), only validation_fraction and judge_fraction are used.
     """
 
     num_prompts: int | None = setting(None, "number of prompts whose responses are ranked; null: all", "prompts", ge=2)
     samples_per_prompt: int = setting(6, "K, the number of responses to each prompt (the paper: 4 to 9)", ge=2)
     validation_fraction: float = setting(
         0.1, "fraction of the prompts held out for the reward model's accuracy", gt=0, lt=1
+    )
+    judge_fraction: float | None = setting(
+        None,
+        "fraction of the prompts whose rankings are kept to train a judge that no policy climbs (rm/judge/model); 0: "
+        "none. By labeler, where that leaves two on each side, otherwise by prompt; in the embedded world so many "
+        "prompts are ranked in addition. null: 0.2 of people's rankings if PPO or best of n is compared and at least "
+        "100 prompts would be kept; none in the embedded world, which has a gold scorer",
+        ge=0,
+        lt=1,
     )
     response_length: int = setting(128, "largest length of a response, EOS included", "tokens", ge=1)
     max_length: int = setting(512, "largest length of prompt and response together", "tokens", ge=8)
@@ -78,10 +87,21 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines = scorer_lines(experiment)
+    lines = scorer_lines(experiment) + judge_lines(experiment)
     if not samples_responses(experiment):
         return lines  # nothing is sampled
     return lines + no_room_for_prompt(experiment, "rankings") + over_context(experiment, "rankings")
+
+
+def judge_lines(experiment: "Experiment") -> list[str]:
+    """Return a line where the shares leave nothing to train on."""
+    settings = experiment.rankings
+    if simulates_labelers(experiment) or settings.validation_fraction + (settings.judge_fraction or 0.0) < 1:
+        return []  # in the embedded world a judge gets prompts of its own
+    return [
+        f"rankings.judge_fraction: {settings.judge_fraction} and validation_fraction {settings.validation_fraction} "
+        f"leave nothing to train on; lower one of them"
+    ]
 
 
 def scorer_lines(experiment: "Experiment") -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.config.help import SettingRow, describe
 from pipeline.config.sections import COMMON
-from stages.settings.experiment import STAGES, TESTS, Experiment
+from stages.settings.experiment import PEOPLE, STAGES, TESTS, Experiment
 from stages.settings.scorers.rule import RULES
 from stages.settings.scorers.scorer import KINDS
 
@@ -25,13 +25,15 @@ TABLE = ["| setting | type | default | unit | meaning |", "| --- | --- | --- | -
 
 
 def reference() -> str:
-    """Return the text: the top level, the common sections, then one section per stage."""
+    """Return the text: the top level, the common sections, the stages, then those of PEOPLE."""
     top = [row for row in describe(Experiment, "") if "." not in row.key]
     parts = [HEADER, section("Top level", "", top)]
     for name, settings in COMMON.items():
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
     for name, stage in (STAGES | TESTS).items():
         parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
+    for name, settings in PEOPLE.items():
+        parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
     parts.append(f"## Scorers\n\n{SCORERS}")
     for kind, scorer in KINDS.items():
         if kind != "rule":

@@ -57,9 +57,10 @@ class RMSettings(PreferenceTraining):
     )
     held_out: bool | None = setting(
         None,
-        "train one more model with its own seed, as held_out/model. No policy is optimised against it, and evaluate "
-        "scores every response with it too, which shows over-optimisation. It takes as long as the first model. null: "
-        "only if people ranked (data.rankings), because the embedded world has a gold scorer",
+        "train one more model with its own seed on the same rankings, as held_out/model. No policy is optimised "
+        "against it, and evaluate scores every response with it too. It takes as long as the first model, and shares "
+        "the mistakes in the rankings with it: a judge that learns from other rankings tells more "
+        "(rankings.judge_fraction). null: only if people ranked (data.rankings) and no rankings were kept for a judge",
     )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
 

@@ -67,7 +67,9 @@ def check_data(experiment: Any, kind: str) -> Line:
         return Line(NOTE, what, "none")
     if path == "world":
         return Line(GOOD, what, "written by the stage world")
-    paths = path.split(" + ")
+    if path == "ranked":
+        return Line(GOOD, what, "what people rank with `rlhf rank`")
+    paths = [name for name in path.split(" + ") if name != "ranked"]
     if all(map(is_hub_id, paths)):
         return Line(GOOD, what, f"{path} from the Hub")
     for name in paths:

@@ -20,7 +20,7 @@ from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.rollouts.frozen import CHECKED_AT_A_TIME
-from stages.settings.policies import compared_policies, needs_reward_model, reward_models
+from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
@@ -93,7 +93,8 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
         sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))])
-        copies = (c.keep == "best") + (len(reward_models(experiment)) - 1 if stage == "rm" else 0)
+        others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
+        copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
     yield of_evaluate(experiment, config, passes, dtype)
 

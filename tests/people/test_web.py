@@ -155,7 +155,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from stages.people.web.lock import hold
-with hold(Path(sys.argv[1]), "rlhf rank", "http://127.0.0.1:1"):
+with hold(Path(sys.argv[1]), "rlhf rank"):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -306,6 +306,8 @@ def without_a_judge(ctx: SimpleNamespace) -> None:
         for key in gone:
             policy.pop(key)
         policy["ci95"].pop("score")
+        for key in ("score", "pretrain_perplexity"):
+            (policy["differences_to_sft"] or {}).pop(key, None)
     results |= {"judge": None, "judge_name": None, "judges": {}, "overoptimisation": dict.fromkeys(results["policies"])}
     results.pop("reward_model")
     file.write_text(json.dumps(results))

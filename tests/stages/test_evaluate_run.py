@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 import weakref
 from dataclasses import dataclass
@@ -456,8 +457,6 @@ class TestOverOptimisation:
 
     def test_a_held_out_reward_model_scores_every_answer(self, chain, tmp_path):
         """It is not part of the ensemble: the policies' scores are the same without it."""
-        import shutil
-
         shutil.copytree(chain.root / "rm", tmp_path / "rm")
         shutil.copytree(chain.root / "other_rm", tmp_path / "rm" / "held_out")
         choices = SMALL | {"best_of": 3, "policies": "[ppo, best_of_n]", "num_prompts": 6}
@@ -483,6 +482,81 @@ class TestOverOptimisation:
         strip = lambda row: {k: v for k, v in row.items() if k != "judges"}  # noqa: E731
         assert [strip(r) for r in run.finished.rows("responses.jsonl")] == bare.finished.rows("responses.jsonl")
         assert all("held_out" in row["judges"] for row in run.rows("best_of_n"))
+
+
+@pytest.fixture(scope="module")
+def kept(chain, tmp_path_factory):
+    """Run all policies, with another reward model as the one that rm trained to judge."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(chain.root / "rm", folder / "rm")
+    shutil.copytree(chain.root / "other_rm", folder / "rm" / "judge")
+    figures = {"accuracy": 0.6, "judges": {"kept": {"accuracy": 0.58, "accuracy_ci95": [0.5, 0.66], "n_pairs": 90,
+                                                    "rankings": 40, "labelers_apart": True}}}  # fmt: skip
+    manifests = {"rm": {"digest": "rm", "metrics": figures}}
+    choices = SMALL | {"best_of": 3, "num_prompts": 6}
+    return run_evaluate(chain, folder / "out", choices, inputs={"rm": folder / "rm"}, manifests=manifests)
+
+
+class TestKeptJudge:
+    """Check the judge that nothing climbed, which decides where there is no gold."""
+
+    def test_it_scores_every_answer_and_decides(self, chain, kept):
+        judge = scalar_model(chain.root / "other_rm/model")
+        for name in ("sft", "ppo"):
+            for row, draw in zip(kept.rows(name), kept.draws[name], strict=True):
+                with torch.no_grad():
+                    own = plain.score(judge, chat_ids(chain.tokenizer, row["prompt"]), draw.ids).item()
+                ended = draw.ids[-1] == chain.tokenizer.eos_token_id
+                assert row["judges"]["kept"] == pytest.approx(own if ended else -1.0, abs=1e-4)
+        assert (kept.results["judge"], kept.results["judge_name"]) == ("reward_model", "kept")
+        own, sft = (by_prompt(kept.rows(name), lambda row: row["judges"]["kept"]) for name in ("ppo", "sft"))
+        figures = kept.figures("ppo")
+        assert figures["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft)) and not figures["judge_climbed"]
+        assert figures["judges"]["reward_model"]["climbed"] and figures["judges"]["reward_model"]["win_rate_vs_sft"]
+
+    def test_best_of_n_wins_by_it_and_has_no_win_rate_by_its_selector(self, kept):
+        best = kept.figures("best_of_n")
+        own, sft = (by_prompt(kept.rows(name), lambda row: row["judges"]["kept"]) for name in ("best_of_n", "sft"))
+        assert best["win_rate_vs_sft"]["value"] == pytest.approx(wins(own, sft)) and not best["judge_climbed"]
+        assert best["judges"]["reward_model"]["win_rate_vs_sft"] is None
+
+    def test_what_is_known_of_it_stands_beside_its_verdicts(self, kept, files):
+        judges = kept.results["judges"]
+        assert list(judges) == ["kept", "reward_model"]
+        assert (judges["kept"]["accuracy"], judges["kept"]["n_pairs"], judges["kept"]["climbed"]) == (0.58, 90, [])
+        assert judges["reward_model"]["climbed"] == ["best_of_n", "ppo"]
+        assert judges["reward_model"]["selected"] == ["best_of_n"]
+        assert "climbed the only judge" not in kept.finished.said
+        assert "best_of_n and ppo climbed the only judge, the reward model" in files.finished.said
+
+    def test_a_copy_of_it_that_ppo_climbed_is_marked(self, chain, tmp_path):
+        shutil.copytree(chain.root / "rm", tmp_path / "rm")
+        shutil.copytree(chain.root / "other_rm", tmp_path / "rm" / "judge")
+        more = f"ppo.reward_model={chain.root}/other_rm/model"
+        choices = SMALL | {"policies": "[ppo]", "num_prompts": 4}
+        run = run_evaluate(chain, tmp_path / "out", choices, more, inputs={"rm": tmp_path / "rm"})
+        ppo = run.figures("ppo")
+        assert ppo["judge_climbed"] and not ppo["judges"]["reward_model"]["climbed"]
+        selector = (f"ppo.held_out_reward_model={chain.root}/other_rm/model", "ppo.keep=best")
+        run = run_evaluate(chain, tmp_path / "best", choices, *selector, inputs={"rm": tmp_path / "rm"})
+        assert run.figures("ppo")["judge_climbed"], "it chose which policy is published"
+
+
+class TestAsInTraining:
+    """Check what is said where responses are not sampled as in training."""
+
+    def test_temperature_and_lengths(self, chain, tmp_path):
+        choices = SMALL | {"policies": "[ppo, dpo]", "num_prompts": 4, "best_of": 1, "temperature": 0.5}
+        same = ("ppo.response_length=8", "ppo.max_length=48", "rm.max_length=40", "dpo.max_length=60")
+        run = run_evaluate(chain, tmp_path / "out", choices, *same)
+        found = {(row["setting"], row["training"]) for row in run.results["differs_from_training"]}
+        assert found == {("evaluate.temperature", "ppo.temperature"), ("evaluate.max_length", "rm.max_length")}
+        assert "evaluate.temperature is 0.5 and ppo.temperature 1.0" in run.finished.said
+
+    def test_nothing_is_said_where_all_is_the_same(self, chain, tmp_path):
+        choices = SMALL | {"policies": "[ppo]", "num_prompts": 4, "best_of": 1}
+        run = run_evaluate(chain, tmp_path / "out", choices, "ppo.response_length=8", "ppo.max_length=48")
+        assert run.results["differs_from_training"] == [] and "training saw other" not in run.finished.said
 
 
 class TestGreedy:

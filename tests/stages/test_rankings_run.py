@@ -13,6 +13,7 @@ from micro_chain import write_rows
 
 from data.world.labelers import LABELERS
 from data.world.world import World
+from pipeline.errors import UserError
 from stages.rollouts.frozen import FrozenSampler
 
 NAMES = [labeler.name for labeler in LABELERS]
@@ -107,7 +108,67 @@ class TestOfPeople:
 
     def test_nothing_more_is_said_or_written_where_all_rows_are_taken(self, peoples):
         assert not (peoples.folder / "left_out.jsonl").exists() and "bad_rows" not in peoples.figures
-        assert peoples.said == ""
+        assert "prompts are too few to keep some for a judge" in peoples.said and peoples.said.count("\n") == 0
+
+
+def many(labelers: int, prompts: int = 700) -> list[dict]:
+    """Return rankings of many prompts, each by one of some labelers."""
+    return [{"id": str(i), "prompt": f"what color is fox {i} ?", "responses": ["red .", "blue .", "no ."],
+             "ranks": [1, 2, 3], "labeler": f"person {i % labelers}"} for i in range(prompts)]  # fmt: skip
+
+
+class TestKept:
+    """Check the rankings that are kept for a judge."""
+
+    def run(self, chain, folder, rows, *settings):
+        write_rows(folder / "rankings.jsonl", rows)
+        return chain.run("rankings", folder / "out", f"data.rankings={folder}/rankings.jsonl", *settings)
+
+    def test_by_default_a_fifth_of_many_where_a_policy_climbs(self, chain, tmp_path):
+        finished = self.run(chain, tmp_path, many(1))
+        sides = {name: finished.rows(f"{name}.jsonl") for name in ("train", "validation", "judge")}
+        prompts = {name: {row["prompt"] for row in rows} for name, rows in sides.items()}
+        for name, other in itertools.combinations(sides, 2):
+            assert not prompts[name] & prompts[other]
+        assert sum(len(rows) for rows in sides.values()) == 700 and 0.15 < len(sides["judge"]) / 700 < 0.25
+        assert {name: finished.figures[name] for name in sides} == {name: len(rows) for name, rows in sides.items()}
+        assert "are kept to train a judge; by prompt" in finished.said
+        assert finished.figures["judge_labelers_apart"] is False
+
+    def test_validation_is_the_same_without_a_judge(self, chain, tmp_path):
+        kept = self.run(chain, tmp_path / "kept", many(1))
+        none = self.run(chain, tmp_path / "none", many(1), "rankings.judge_fraction=0")
+        assert not (none.folder / "judge.jsonl").exists() and none.said == "" and "judge" not in none.figures
+        assert none.rows("validation.jsonl") == kept.rows("validation.jsonl")
+        assert len(none.rows("train.jsonl")) == len(kept.rows("train.jsonl") + kept.rows("judge.jsonl"))
+
+    def test_by_labelers_who_train_nothing_else(self, chain, tmp_path):
+        finished = self.run(chain, tmp_path, many(14))
+        own, others = ({row["labeler"] for row in finished.rows(f"{name}.jsonl")} for name in ("judge", "train"))
+        assert not own & others and len(own) >= 2 and finished.figures["judge_labelers_apart"] is True
+        assert "labelers, who train nothing else" in finished.said
+
+    def test_of_few_none_are_kept_unless_it_is_asked_for(self, chain, tmp_path):
+        finished = self.run(chain, tmp_path / "few", many(3, prompts=60))
+        assert not (finished.folder / "judge.jsonl").exists() and "warning: 60 prompts are too few" in finished.said
+        asked = self.run(chain, tmp_path / "asked", many(3, prompts=60), "rankings.judge_fraction=0.3")
+        assert len(asked.rows("judge.jsonl")) > 5 and "too few" not in asked.said
+
+    def test_without_a_policy_that_climbs_none_are_kept(self, chain, tmp_path):
+        finished = self.run(chain, tmp_path, many(3), "evaluate.policies=[sft, dpo]")
+        assert not (finished.folder / "judge.jsonl").exists() and finished.said == ""
+
+    def test_a_judge_without_a_usable_pair_is_refused(self, chain, tmp_path):
+        rows = [row | {"ranks": [1, 1, 1]} for row in many(1, prompts=60)]
+        rows += [row | {"id": f"{row['id']} again", "prompt": f"once more {row['id']}"} for row in many(1, prompts=60)]
+        free = [row for row in rows if 0.1 < plain.prompt_hash_fraction(row["prompt"]) <= 0.12]
+        rows = [row | {"ranks": [1, 1, 1]} if row in free else row for row in rows]
+        with pytest.raises(UserError, match=r"the judge split .* change rankings.judge_fraction"):
+            self.run(chain, tmp_path, rows, "rankings.judge_fraction=0.02")
+
+    def test_shares_that_leave_nothing_to_train_on(self, chain):
+        with pytest.raises(UserError, match=r"rankings.judge_fraction: 0.95 and validation_fraction 0.1 leave nothing"):
+            chain.experiment("rankings.judge_fraction=0.95", "rankings.validation_fraction=0.1")
 
 
 K = 5
@@ -297,6 +358,41 @@ class TestSimulated:
                 expected_hits.append(max(p, 1 - p))
         assert noisy.figures["accuracy_ceiling"] == pytest.approx(statistics.mean(hits))
         assert noisy.figures["expected_accuracy_ceiling"] == pytest.approx(statistics.mean(expected_hits))
+
+
+def test_a_judge_in_the_world_gets_further_prompts_and_changes_nothing_else(chain, world, noisy, monkeypatch, tmp_path):
+    """Training has what it has without a judge, which asks none of validation's requests."""
+    own = plain.prompt_ids
+    ids = {tuple(own(chain.tokenizer, prompt)): prompt for prompt in world.answers}
+
+    def answer(sampler, name, policy, request, batch_size, poll):
+        remaining = {prompt: iter(texts) for prompt, texts in world.answers.items()}
+        responses = []
+        for prompt in request.prompts:
+            known = ids.get(tuple(prompt))
+            text = next(remaining[known]) if known else (f"the fox is {len(responses)} .", True)
+            responses.append(plain.response_ids(chain.tokenizer, *text))
+        return responses
+
+    monkeypatch.setattr(FrozenSampler, "sample", answer)
+    small = {"samples_per_prompt": K, "max_length": 96, "response_length": 8, "batch_size": 7,
+             "validation_fraction": 0.3, "agreement": 0.62, "judge_fraction": 0.5}  # fmt: skip
+    overrides = [f"rankings.{key}={x}" for key, x in small.items()]
+    options = {"config": "world.yaml", "inputs": {"world": world.folder}}
+    finished = chain.run("rankings", tmp_path / "out", *overrides, **options)
+    for name in ("train.jsonl", "validation.jsonl"):
+        assert (finished.folder / name).read_bytes() == (noisy.folder / name).read_bytes()
+    rows = finished.rows("judge.jsonl")
+    assert len(rows) == round(0.5 * len(world.answers)) == finished.figures["judge"]
+    prompts = {row["prompt"] for row in rows}
+    made = {row["prompt"] for kind in ("demonstrations", "prompts", "evaluation_prompts")
+            for row in chain.rows(f"world/{kind}.jsonl")}  # fmt: skip
+    assert len(prompts) == len(rows) and not prompts & made
+    asked = lambda some: {world.rules.request(row["prompt"]) for row in some}  # noqa: E731
+    assert not asked(rows) & asked(finished.rows("validation.jsonl"))
+    held_out = {task for rows_of_kind in world.rules.shares.held_out.values() for _, task in rows_of_kind}
+    assert not held_out & {world.rules.task(prompt) for prompt in prompts}
+    assert {row["labeler"] for row in rows} == set(NAMES) and len({row["id"] for row in rows}) == len(rows)
 
 
 def test_the_ranked_responses_are_sft_samples_at_the_requested_temperature(chain, world, tmp_path):

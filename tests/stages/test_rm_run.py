@@ -322,12 +322,14 @@ class TestHeldOut:
 
     def test_by_default_where_people_ranked(self, chain):
         people, world = chain.experiment("rm.held_out=null"), chain.experiment("rm.held_out=null", config="world.yaml")
-        assert reward_models(people) == ["model", "held_out/model"]
-        assert reward_models(world) == ["model"], "there is a gold scorer"
-        assert reward_models(chain.experiment("rm.held_out=null", "rm.ensemble=3")) == [
+        assert reward_models(people, has_judge=False) == ["model", "held_out/model"]
+        assert reward_models(people, has_judge=True) == ["model", "judge/model"], "a judge says more"
+        assert reward_models(world, has_judge=False) == ["model"], "there is a gold scorer"
+        assert reward_models(chain.experiment("rm.held_out=null", "rm.ensemble=3"), has_judge=False) == [
             "model", "ensemble/1", "ensemble/2", "held_out/model",
         ]  # fmt: skip
-        assert reward_models(chain.experiment("rm.held_out=true", config="world.yaml"))[-1] == "held_out/model"
+        asked = chain.experiment("rm.held_out=true", config="world.yaml")
+        assert reward_models(asked, has_judge=True) == ["model", "held_out/model", "judge/model"]
 
     def test_it_is_of_another_seed_and_no_member_of_the_ensemble(self, chain, tmp_path):
         choices = STEPS | {"ensemble": 2, "held_out": "true", "max_steps": 2}
@@ -355,3 +357,42 @@ class TestHeldOut:
             finished, *_ = run_rm(chain, tmp_path / held_out, STEPS | {"max_steps": 2, "held_out": held_out})
             paths.append(finished.folder / "model" / "model.safetensors")
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+class TestJudge:
+    """Test the model that learns from rankings kept for a judge."""
+
+    def run(self, chain, tmp_path, **settings):
+        """Run the stage on the chain's rankings, some of which are kept for the judge."""
+        folder = tmp_path / "rankings"
+        for side in ("train", "validation"):
+            write_rows(folder / f"{side}.jsonl", chain.rows(f"rankings/{side}.jsonl"))
+        kept = [row | {"id": f"{row['id']} kept", "prompt": f"kept {row['prompt']}"}
+                for row in chain.rows("rankings/train.jsonl")[:12]]  # fmt: skip
+        write_rows(folder / "judge.jsonl", kept)
+        manifest = {"digest": "rankings", "metrics": {"judge": 12, "judge_labelers_apart": True}}
+        more = {"inputs": {"rankings": folder}, "manifests": {"rankings": manifest}}
+        return run_rm(chain, tmp_path / "rm", STEPS | {"max_steps": 6} | settings, **more)
+
+    def test_it_learns_from_its_rankings_alone_and_changes_nothing_else(self, chain, tmp_path):
+        finished, (first, judge), (train, _), _ = self.run(chain, tmp_path)
+        bare, *_ = run_rm(chain, tmp_path / "bare", STEPS | {"max_steps": 6})
+        for file in ("model/model.safetensors", "model/config.json"):
+            assert (finished.folder / file).read_bytes() == (bare.folder / file).read_bytes(), file
+        assert not (bare.folder / "judge").exists() and "judges" not in bare.figures
+        groups = len({row["prompt"] for row in chain.rows("rankings/train.jsonl")[:12]})
+        assert {i for batch in judge.batches for i in batch} <= set(range(groups)) and groups < len(train)
+        assert len(judge.batches) == max(1, round(6 * groups / len(train))) < len(first.batches)
+        assert not torch.equal(judge.start["score.weight"], first.start["score.weight"]), "its own seed"
+        assert f"{len(judge.batches)} for a judge, on {groups} rankings of its own" in finished.said
+
+    def test_its_accuracy_is_of_the_held_out_pairs(self, chain, tmp_path):
+        finished, _, (_, validation), _ = self.run(chain, tmp_path)
+        model = plain.scalar_model(finished.folder / "judge/model")
+        with torch.no_grad():
+            scores = [torch.stack([plain.score(model, g.prompt, r) for r in g.responses]) for g in validation]
+        figures = finished.figures["judges"]["kept"]
+        assert figures["accuracy"] == pytest.approx(accuracy(pair_margins(validation, scores)))
+        assert figures["accuracy_ci95"][0] < figures["accuracy"] < figures["accuracy_ci95"][1]
+        assert (figures["rankings"], figures["labelers_apart"]) == (12, True)
+        assert model.config.reward_bias not in (0.0, plain.scalar_model(finished.folder / "model").config.reward_bias)

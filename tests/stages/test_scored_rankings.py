@@ -41,6 +41,18 @@ def test_scores_that_are_near_are_tied(chain, tmp_path):
                 assert row["ranks"][i] != row["ranks"][j] or abs(one - other) <= 0.3 + 1e-6
 
 
+def test_some_are_kept_for_a_judge_where_that_is_asked(chain, tmp_path):
+    """Prompts are on one side only, and validation is what it is without a judge."""
+    kept = chain.run("rankings", tmp_path / "kept", *SMALL, BY_WORDS, "rankings.judge_fraction=0.4")
+    none = chain.run("rankings", tmp_path / "none", *SMALL, BY_WORDS)
+    assert not (none.folder / "judge.jsonl").exists() and "judge" not in none.figures
+    assert kept.rows("validation.jsonl") == none.rows("validation.jsonl")
+    sides = [kept.rows(f"{name}.jsonl") for name in ("train", "judge")]
+    assert kept.figures["judge"] == len(sides[1]) > 0
+    by_prompt = sorted(sides[0] + sides[1], key=lambda row: row["prompt"])
+    assert by_prompt == sorted(none.rows("train.jsonl"), key=lambda row: row["prompt"])
+
+
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_what_was_ranked_trains_the_next_stages(chain, tmp_path, stage):
     done = chain.run("rankings", tmp_path / "rankings", *SMALL, BY_WORDS)

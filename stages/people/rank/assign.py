@@ -69,7 +69,8 @@ def next_assignment(
     candidates = open_tasks(connection, labeler, rules)
     for state in ("open", "sent_back", "abandoned"):
         rows = connection.execute(
-            "SELECT * FROM assignments WHERE labeler_id = ? AND state = ? ORDER BY touched DESC, closed IS NULL, id DESC",
+            """SELECT * FROM assignments WHERE labeler_id = ? AND state = ?
+               ORDER BY touched DESC, closed IS NULL, id DESC""",
             (labeler.id, state),
         ).fetchall()
         for row in rows:
@@ -80,15 +81,16 @@ def next_assignment(
             return read(connection, row["id"]), len(candidates)
     if labeler.state != "active" or not candidates:
         return None, len(candidates)
-    number = (
-        1
-        + connection.execute(
-            "SELECT COALESCE(MAX(number), 0) FROM assignments WHERE labeler_id = ?", (labeler.id,)
-        ).fetchone()[0]
-    )
+    number = next_number(connection, labeler.id)
     task_id, reason = choose(connection, labeler, rules, number, candidates)
     left = len(candidates) - (reason in ("first", "overlap"))
     return create(connection, labeler, rules, task_id=task_id, reason=reason, number=number, now=now), left
+
+
+def next_number(connection: sqlite3.Connection, labeler_id: int) -> int:
+    """Return the running number of a labeler's next assignment."""
+    query = "SELECT COALESCE(MAX(number), 0) FROM assignments WHERE labeler_id = ?"
+    return 1 + int(connection.execute(query, (labeler_id,)).fetchone()[0])
 
 
 def abandon(connection: sqlite3.Connection, rules: Rules, now: float) -> None:

@@ -13,7 +13,7 @@ from pipeline.store.locks import try_lock
 
 
 @contextmanager
-def hold(path: Path, what: str, address: str = "") -> Iterator[None]:
+def hold(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file while the block runs.
 
     The kernel frees the lock when this process dies. A file system may keep locks of one host from
@@ -22,7 +22,6 @@ def hold(path: Path, what: str, address: str = "") -> Iterator[None]:
     Args:
         path: The lock file.
         what: What runs, such as "rlhf rank".
-        address: Where it can be reached.
 
     Raises:
         UserError: Another server holds it.
@@ -41,9 +40,18 @@ def hold(path: Path, what: str, address: str = "") -> Iterator[None]:
                 f"{path.parent}: {place}, as {path} says; use that one, or stop it. If that host is gone, remove the "
                 f"file {path.name}"
             )
-        write_holder(handle, {"pid": os.getpid(), "host": host, "address": address, "started": time.time()})
+        write_holder(handle, {"pid": os.getpid(), "host": host, "started": time.time()})
         yield
         write_holder(handle, {})
+    finally:
+        os.close(handle)
+
+
+def note_address(path: Path, address: str) -> None:
+    """Write into the lock file that this process holds where its server can be reached."""
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        write_holder(handle, {**read_holder(handle), "address": address})
     finally:
         os.close(handle)
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from stages.evaluation.judges import Judge
-from stages.evaluation.results import GOLD, Measured, order_by_gold, perplexity_estimate, summarise
+from stages.evaluation.results import (
+    GOLD,
+    Measured,
+    order_by_gold,
+    perplexity_difference,
+    perplexity_estimate,
+    summarise,
+)
 
 TASKS = ["a", "a", "b", "b", "c", "d", "e", "f"]
 KNOWN = [True, True, True, True, False, False, False, False]
@@ -176,3 +183,35 @@ def test_every_judge_gives_a_verdict_and_the_first_one_decides():
     win = lambda judge: summarise("ppo", own, sft, TASKS, None, [Judge(judge)])["win_rate_vs_sft"]["value"]  # noqa: E731
     assert win("kept") == pytest.approx(1 - win("reward_model")) and win("kept") < 0.5
     assert summarise("ppo", own, sft, TASKS, None, [])["win_rate_vs_sft"] is None, "nobody judges"
+
+
+def test_every_figure_has_an_interval_a_standard_error_and_a_paired_difference(pair):
+    own, sft = pair
+    found = summarise("ppo", own, sft, TASKS, KNOWN, BY_GOLD)
+    for key in ("score", "kl_to_sft", "length", "eos_rate", "pretrain_perplexity"):
+        low, high = found["ci95"][key]
+        assert low < found[key] < high and 0 < found["se"][key] < high - low
+    for key, rows in (("length", (own.lengths, sft.lengths)), ("eos_rate", (own.finished, sft.finished))):
+        gap = found["differences_to_sft"][key]
+        assert gap["value"] == pytest.approx(np.mean(rows[0]) - np.mean(rows[1]))
+        assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
+    one, other = np.mean(own.text_losses), np.mean(sft.text_losses)
+    gap = found["differences_to_sft"]["pretrain_perplexity"]
+    assert gap["value"] == pytest.approx(math.exp(one) - math.exp(other))
+    assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
+    for part in ("helpful", "honest", "harmless"):
+        low, high = found["gold"]["parts_ci95"][part]
+        assert low < found["gold"][part] < high
+    assert summarise("sft", sft, sft, TASKS, KNOWN, BY_GOLD)["differences_to_sft"] is None
+
+
+def test_perplexities_of_the_same_rows_are_compared_row_by_row():
+    """Rows of varied difficulty widen the interval of a perplexity, not of a difference."""
+    rng = np.random.default_rng(5)
+    hard = rng.normal(3.0, 1.0, 40)
+    found = perplexity_difference((hard + 0.1).tolist(), hard.tolist())
+    expected = math.exp(hard.mean() + 0.1) - math.exp(hard.mean())
+    assert found["value"] == pytest.approx(expected) and found["ci95"][0] > 0
+    wide = perplexity_estimate(hard.tolist())["ci95"]
+    assert found["ci95"][1] - found["ci95"][0] < 0.2 * (wide[1] - wide[0])
+    assert perplexity_difference(None, [1.0]) is None and perplexity_difference([1e4], [1.0]) is None

@@ -15,6 +15,7 @@ from data.records import Ranking
 from stages.evaluation.statistics import (
     accuracy_by,
     agreements,
+    calibration_interval,
     cluster_sums,
     difference_estimate,
     expected_calibration_error,
@@ -73,7 +74,7 @@ class TestMean:
 
     def test_one_cluster_has_no_interval(self):
         assert mean_estimate([0.2, 0.4], ["a", "a"]) == {
-            "value": pytest.approx(0.3), "ci95": None, "n": 2, "clusters": 1,
+            "value": pytest.approx(0.3), "ci95": None, "se": None, "n": 2, "clusters": 1,
         }  # fmt: skip
 
     def test_clusters_of_another_number_are_refused(self):
@@ -248,18 +249,24 @@ def ranked(ranks, prompt="p", responses=("a", "b", "c")):
     return Ranking("id", prompt, responses, ranks, labeler=f"labeler-{next(LABELER)}")
 
 
+def agreed(rankings) -> float | None:
+    """Return how often labelers agree."""
+    estimate = labeler_agreement(rankings)
+    return None if estimate is None else estimate["value"]
+
+
 class TestAgreement:
     def test_is_the_share_of_untied_pairs_ordered_alike(self):
         """(1,2,3) and (1,3,2): two of three pairs alike."""
-        assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 3, 2))]) == pytest.approx(2 / 3)
+        assert agreed([ranked((1, 2, 3)), ranked((1, 3, 2))]) == pytest.approx(2 / 3)
 
     def test_same_and_opposite(self):
-        assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 2, 3))]) == 1.0
-        assert labeler_agreement([ranked((1, 2, 3)), ranked((3, 2, 1))]) == 0.0
+        assert agreed([ranked((1, 2, 3)), ranked((1, 2, 3))]) == 1.0
+        assert agreed([ranked((1, 2, 3)), ranked((3, 2, 1))]) == 0.0
 
     def test_ties_and_unjudged_responses_are_left_out(self):
-        assert labeler_agreement([ranked((1, 1, 2)), ranked((1, 2, 3))]) == 1.0  # pair (a, b) is tied for one
-        assert labeler_agreement([ranked((1, 2, None)), ranked((2, 1, 3))]) == 0.0
+        assert agreed([ranked((1, 1, 2)), ranked((1, 2, 3))]) == 1.0  # pair (a, b) is tied for one
+        assert agreed([ranked((1, 2, None)), ranked((2, 1, 3))]) == 0.0
 
     def test_three_labelers_make_three_pairs_of_labelers(self):
         rankings = [
@@ -267,17 +274,17 @@ class TestAgreement:
             ranked((1, 2), responses=("a", "b")),
             ranked((2, 1), responses=("a", "b")),
         ]
-        assert labeler_agreement(rankings) == pytest.approx(1 / 3)
+        assert agreed(rankings) == pytest.approx(1 / 3)
 
     def test_only_the_same_prompt_and_responses_are_compared(self):
-        assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 2, 3), prompt="q")]) is None
-        assert labeler_agreement([ranked((1, 2, 3)), ranked((1, 2, 3), responses=("a", "b", "d"))]) is None
+        assert agreed([ranked((1, 2, 3)), ranked((1, 2, 3), prompt="q")]) is None
+        assert agreed([ranked((1, 2, 3)), ranked((1, 2, 3), responses=("a", "b", "d"))]) is None
         cut = replace(ranked((1, 2, 3)), finished=(True, True, False))  # another response, though of the same text
-        assert labeler_agreement([ranked((1, 2, 3)), cut]) is None
+        assert agreed([ranked((1, 2, 3)), cut]) is None
 
     def test_message_prompts_are_compared_by_their_content(self):
         prompt = ({"role": "user", "content": "p"},)
-        assert labeler_agreement([ranked((1, 2, 3), prompt), ranked((1, 2, 3), tuple(dict(m) for m in prompt))]) == 1.0
+        assert agreed([ranked((1, 2, 3), prompt), ranked((1, 2, 3), tuple(dict(m) for m in prompt))]) == 1.0
 
 
 class TestParts:
@@ -301,5 +308,33 @@ class TestParts:
         ranks = {"ben": (1, 3, 2), "ada": (1, 2, 3), "cleo": (2, 1, None)}
         rows = [Ranking("x", "p", ("a", "b", "c"), r, who) for who, r in ranks.items()]
         found = agreements(rows)
-        assert found == {("ada", "ben"): (2, 3), ("ada", "cleo"): (0, 1), ("ben", "cleo"): (0, 1)}
-        assert labeler_agreement(rows) == pytest.approx(2 / 5)
+        assert found == {("ada", "ben"): {"p": (2, 3)}, ("ada", "cleo"): {"p": (0, 1)}, ("ben", "cleo"): {"p": (0, 1)}}
+        assert agreed(rows) == pytest.approx(2 / 5)
+
+    def test_its_interval_is_over_prompts_whose_pairs_are_not_independent(self):
+        """Ten pairs of each prompt agree or disagree together: twelve facts, not 120."""
+        rows = []
+        for i in range(12):
+            orders = ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5) if i % 3 else (5, 4, 3, 2, 1))
+            rows += [ranked(ranks, prompt=f"p{i}", responses=tuple("abcde")) for ranks in orders]
+        found = labeler_agreement(rows)
+        assert found["value"] == pytest.approx(2 / 3) and (found["n"], found["clusters"]) == (120, 12)
+        expected = share_estimate([float(bool(i % 3)) for i in range(12)], range(12))
+        assert found["ci95"] == pytest.approx(expected["ci95"])
+        same = labeler_agreement(rows[2:4] + rows[4:6])
+        assert same["value"] == 1.0 and same["ci95"][0] < 0.9, "two prompts are no certainty"
+
+    def test_the_calibration_error_has_an_interval(self):
+        rng = np.random.default_rng(0)
+        margins = rng.normal(0.5, 1.0, 300)
+        low, high = calibration_interval(margins, np.repeat(np.arange(100), 3))
+        assert 0.0 <= low < expected_calibration_error(margins) < high < 0.5
+        assert calibration_interval([1.0, -1.0], ["a", "b"]) is None
+
+    def test_the_standard_error_is_that_of_a_mean_of_cluster_means(self):
+        x = np.random.default_rng(1).normal(size=30)
+        assert mean_estimate(x, range(30))["se"] == pytest.approx(x.std(ddof=1) / np.sqrt(30))
+        assert mean_estimate(np.repeat(x, 4), np.repeat(range(30), 4))["se"] == pytest.approx(
+            x.std(ddof=1) / np.sqrt(30)
+        )
+        assert mean_estimate([1.0, 2.0], ["a", "a"])["se"] is None

@@ -225,7 +225,11 @@ class TestWithoutEverything:
         places = [("policies", n, key) for n in ("sft", "ppo") for key in report_results.POLICY if key != "gold"]
         places += [("policies", "ppo", "ci95", key) for key in report_results.INTERVALS]
         places += [("reward_model", key) for key in report_results.REWARD_MODEL]
-        places += [(key,) for key in (*report_results.WHOLE, "reward_model", "overoptimisation") if key != "judge"]
+        places += [
+            (key,)
+            for key in (*report_results.WHOLE, "reward_model", "overoptimisation")
+            if key not in ("judge", "judge_name")
+        ]
         places += [("overoptimisation", n) for n in ("sft", "ppo")]
         places += [("overoptimisation", "ppo", key) for key in report_results.CHECKS]
         for at, place in enumerate(places):
@@ -236,7 +240,7 @@ class TestWithoutEverything:
             if at % 2:
                 inner[place[-1]] = None
             else:
-                inner.pop(place[-1])
+                inner.pop(place[-1], None)
             write_results(ctx, results)
             report_terminal.show(ctx.publish, Console(file=io.StringIO()))
             assert "None" not in Page(page_of(ctx)).text.replace("None of these", ""), place
@@ -281,9 +285,72 @@ class TestTrust:
         page = Page(page_of(fake_run(tmp_path / "page", gold=False, held_out=True))).text
         assert "Against a reward model of another seed" in page and "Held-out reward model" in page
 
-    def test_without_a_held_out_model_the_page_says_how_to_train_one(self, tmp_path):
+    def test_without_another_model_the_page_says_how_to_train_one(self, tmp_path):
         says = sentences_of(fake_run(tmp_path, gold=False))
-        assert says[-1] == "There is no held-out reward model for comparison; rm.held_out: true trains one."
+        assert says[-1].endswith("rankings.judge_fraction keeps rankings for one.")
+
+    def test_the_kept_judge_stands_beside_the_climbed_one(self, tmp_path):
+        """Best of n has a win rate by it only; where its interval holds one half, that is said."""
+        ctx = fake_run(tmp_path, gold=False, kept=True)
+        says = sentences_of(ctx)
+        pattern = r"^PPO wins \d+\u00a0% .* by the reward model, which it climbed, and \d+\u00a0% by the kept judge"
+        assert any(re.search(pattern, text) for text in says)
+        assert any(
+            re.search(r"^Best of 16 wins \d+\u00a0% of the comparisons with SFT by the kept judge", t) for t in says
+        )
+        assert says[-1].startswith("The kept judge learned from other rankings;")
+        results = results_of(ctx)
+        results["policies"]["ppo"]["judges"]["kept"]["win_rate_vs_sft"] |= {"value": 0.52, "ci95": [0.4, 0.64]}
+        write_results(ctx, results)
+        assert any("52\u00a0% by the kept judge" in text and "no clear gain" in text for text in sentences_of(ctx))
+
+    def test_with_a_kept_judge_it_decides_and_its_accuracy_is_given(self, tmp_path):
+        page = Page(page_of(fake_run(tmp_path, gold=False, kept=True))).text.replace("\u00a0", " ")
+        assert "judged by the kept judge" in page and "no policy was trained on or selected by" in page
+        assert "it agrees with the labeler on 70 % (95 % interval 68 to 73) of 2112 held-out pairs" in page
+        assert "The judge is the reward model itself" not in page
+        assert "selected by it" in page and "a reward model of 800 rankings that train nothing else" in page
+        assert "score of the kept judge, SFT → PPO" in page and "Win rate against SFT by each judge" in page
+
+    def test_beside_gold_each_judge_has_its_column(self, tmp_path):
+        page = Page(page_of(fake_run(tmp_path, kept=True))).text
+        assert "judged by the gold scorer" in page
+        for judge in ("gold scorer", "reward model", "kept judge"):
+            assert judge in page
+        alone = Page(page_of(fake_run(tmp_path / "alone", gold=False))).text
+        assert "Win rate against SFT by each judge" not in alone
+
+    def test_the_terminal_gives_the_verdicts_of_all_judges(self, tmp_path):
+        ctx = fake_run(tmp_path, kept=True)
+        ctx.publish.joinpath("index.html").touch()
+        console = Console(width=200, record=True, file=io.StringIO())
+        report_terminal.show(ctx.publish, console)
+        said = console.export_text()
+        assert "kept judge: correct on 70.4\u00a0% of held-out pairs (68.0 to 73.0)" in said
+        lines = [line for line in said.splitlines() if line.startswith("win rates by")]
+        by = {line.split(":")[0]: line for line in lines}
+        climbed, kept = by["win rates by the reward model"], by["win rates by the kept judge"]
+        assert re.search(r"PPO \d+\u00a0% † \(", climbed) and "best of n" not in climbed
+        assert "best of n" in kept and "†" not in kept
+
+    def test_results_of_an_older_version_have_one_judge(self, tmp_path):
+        ctx = fake_run(tmp_path, gold=False)
+        results = results_of(ctx)
+        for key in ("judge_name", "judges"):
+            results.pop(key)
+        for policy in results["policies"].values():
+            policy.pop("judges")
+        write_results(ctx, results)
+        page = Page(page_of(ctx)).text
+        assert "judged by the reward model" in page and "The judge is the reward model itself" in page
+        assert "score, SFT → PPO" in page
+
+    def test_settings_that_differ_from_training_are_notes(self, tmp_path):
+        ctx = fake_run(tmp_path)
+        results = results_of(ctx)
+        found = {"setting": "evaluate.temperature", "value": 0.5, "training": "ppo.temperature", "training_value": 1.0}
+        write_results(ctx, results | {"differs_from_training": [found]})
+        assert "Evaluate.temperature is 0.5 and ppo.temperature 1.0" in Page(page_of(ctx)).text
 
     def test_length_is_blamed_only_where_responses_grew_and_gained_with_it(self, tmp_path):
         ctx = fake_run(tmp_path, gold=False)
@@ -457,7 +524,9 @@ class TestReading:
         few = dict(report_glossary.glossary({"sft", "dpo"}))
         assert "KL" in few and "DPO" in few and not {"PPO", "Gold", "Reward model"} & set(few)
         page = Page(page_of(fake_run(tmp_path))).text
-        assert all(meaning in page for word, meaning in whole.items() if word not in ("Held-out reward model",))
+        assert all(
+            meaning in page for word, meaning in whole.items() if word not in ("Held-out reward model", "Kept judge")
+        )
 
     def test_hostile_text_is_escaped_everywhere(self, tmp_path):
         ctx = fake_run(tmp_path, world=False, gold=False, system=lambda i: HOSTILE)
