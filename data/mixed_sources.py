@@ -90,6 +90,7 @@ def add_counts(whole: Loaded, part: Loaded) -> None:
     whole.filtered += part.filtered
     whole.dropped += part.dropped
     whole.duplicates += part.duplicates
+    whole.differing += part.differing
     whole.blanks += part.blanks
     whole.cut = whole.cut or part.cut
     whole.errors += part.errors

@@ -18,7 +18,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -110,9 +110,10 @@ class Prompt:
     """What sort of prompt or use it is, as the data name it."""
     meta: dict | None = None
     """Whatever else the row says; kept, never read."""
-    extra: dict | None = None
+    extra: dict | None = field(default=None, compare=False)
     """The other keys of the row that was read (`answer`, `constraints`, …), for scorers that know
-    what a right response is. Not written by `to_json`."""
+    what a right response is. Not written by `to_json`, and prompts that differ in it alone are
+    equal."""
 
     def row(self) -> dict:
         """Return the prompt and all other keys that are known, as scorers get them."""

@@ -143,6 +143,8 @@ class RowReader:
     """Whether a mark says if the answer is good → the number of such rows, of forms with marks."""
     _seen: Seen = field(default_factory=Seen)
     """Id of a ranking, or key of a prompt → its first location."""
+    _others: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Hash of a prompt's key → what else its first row says (see `hashes_of_others`)."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
     """Id of a form whose records need several rows → the form and its rows."""
 
@@ -254,11 +256,17 @@ class RowReader:
             return
         if isinstance(record, Prompt):
             key = prompt_key(record.prompt)
+            others = hashes_of_others(record)
             if key in self._seen:
+                first = self._others.get(hash(key))
                 self.loaded.duplicates += 1
+                if others is not None and first is not None and others[0] == first[0]:
+                    self.loaded.differing += others != first
                 self.loaded.leave_out(location, REPEATED, self._seen[key])
                 return
             self._seen.add(key, location)
+            if others is not None:
+                self._others[hash(key)] = others
         yield location, record
 
     def _bad(self, location: str, error: ValueError) -> None:
@@ -273,6 +281,18 @@ class RowReader:
 def extra_of(row: dict) -> dict | None:
     """Return the keys of a row beside the prompt and what records have fields for; None if none."""
     return {key: value for key, value in row.items() if key not in ("prompt", *KEPT)} or None
+
+
+def hashes_of_others(prompt: Prompt) -> tuple[int, int] | None:
+    """Return hashes of the keys that a row has beside the prompt, and of their values.
+
+    Returns:
+        The two hashes; None if scorers find nothing but the prompt.
+    """
+    others = {key: value for key, value in (prompt.extra or {}).items() if key not in METADATA}
+    if not others:
+        return None
+    return hash(tuple(sorted(others))), hash(json.dumps(others, sort_keys=True, default=str))
 
 
 def refuse_other_judgments(form: Form, by: str) -> None:

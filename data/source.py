@@ -115,6 +115,9 @@ class Loaded:
     """(location, what is wrong) of each bad row that was left out because the source says so."""
     duplicates: int = 0
     """Prompts left out because they had come before."""
+    differing: int = 0
+    """Those of them whose rows have other values than the first one under the same keys (`answer`,
+    …), as far as both are in one source."""
     blanks: int = 0
     """Blank lines that were skipped."""
     cut: bool = False

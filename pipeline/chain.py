@@ -189,17 +189,26 @@ class Chain:
         of = taking.taken_from(self.experiment)[name], self.store.is_beside(name)
         try:
             if self.store.manifest(name) is None:
-                return StageState("missing", taken_from=of[0], is_beside=of[1])
+                origin = taking.origin_there(self.store.taken[name], name, self.stages)
+                reasons = [f"{of[0]} takes it from {origin}"] if origin else []
+                return StageState("missing", reasons, taken_from=of[0], is_beside=of[1])
             manifest = self.store.verify(name)
         except UserError as error:
             return StageState("damaged", error.lines, taken_from=of[0], is_beside=of[1])
         changes = compare(name, manifest, self.today(name))
-        reasons = [
+        waiting = [
             f"{need} is {self.states[need].kind}" for need in self.needs(name) if self.states[need].kind != "done"
         ]
-        reasons += [change.text for change in changes]
-        kind = "stale" if reasons else "done"
-        return StageState(kind, reasons, manifest=manifest, changes=changes, taken_from=of[0], is_beside=of[1])
+        reasons = waiting + [change.text for change in changes]
+        return StageState(
+            "stale" if reasons else "done",
+            reasons,
+            manifest=manifest,
+            changes=changes,
+            waiting=waiting,
+            taken_from=of[0],
+            is_beside=of[1],
+        )
 
     def starts_again(self, name: str, is_target: bool, flags: Flags) -> bool:
         """Return whether a run of the stage would start from the beginning instead of resuming."""

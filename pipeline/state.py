@@ -175,8 +175,15 @@ def refusals_of_taken(name: str, is_target: bool, state: StageState, flags: Flag
     if state.kind == "damaged":
         return [f"{name}: is taken from {state.taken_from}: {reason}" for reason in state.reasons]
     remedy = f"run {name} with the config of {state.taken_from}, or {own}"
+    if state.kind == "missing" and state.reasons:
+        why = "; ".join(state.reasons)
+        return [
+            f"{name}: is taken from {state.taken_from}, but {why}; name that experiment in `from` instead, or {own}"
+        ]
     if state.kind == "missing":
         return [f"{name}: is taken from {state.taken_from}, which has no finished {name}; {remedy}"]
+    if state.waiting and not state.changes:
+        return []  # what it is made from is taken too, and has a line of its own
     return [
         f"{name}: is taken from {state.taken_from}, and this config needs another one ({'; '.join(state.reasons)}); "
         f"make the settings the same, or {own}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Common
+from pipeline.errors import UserError
 from pipeline.fingerprints import all_needs
 from pipeline.stage import Stage
 from pipeline.store.artifacts import ArtifactStore
@@ -76,6 +77,25 @@ def folder_problems(text: str) -> list[str]:
     if "\0" in text or not Path(text).expanduser().is_dir():
         return [f"from.artifacts: no such folder: {text}; give the folder that was --artifacts, or leave it out"]
     return []
+
+
+def origin_there(store: ArtifactStore, stage: str, stages: Iterable[str]) -> str:
+    """Return the experiment that another experiment takes a stage from itself; "" if it does not.
+
+    Args:
+        store: The other experiment's artifacts, whose manifests say what they were made from.
+        stage: The stage.
+        stages: The names of all stages.
+    """
+    for name in stages:
+        try:
+            manifest = store.manifest(name)
+        except UserError:
+            continue  # damaged: says nothing
+        taken = {} if manifest is None else manifest["config"].get("from") or {}
+        if stage in taken:
+            return taken[stage]["experiment"]
+    return ""
 
 
 def record(experiment: Common, store: ArtifactStore, needs: Iterable[str]) -> dict[str, Any]:

@@ -19,25 +19,30 @@ from typing import Any
 
 from data.documents import wrap_documents
 from data.records import prompt_key
+from data.sources import load
 from data.turns import learnt_prompts
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
-from stages.evaluation.climbed import Climbed, judges_of
+from stages.evaluation.climbed import Climbed, judges_of, judges_of_settings
 from stages.evaluation.comparison import compare, manifest_figures
 from stages.evaluation.forms import DESCRIPTIONS, Form, form_of_base
 from stages.evaluation.greedy import greedy_length, greedy_rows
 from stages.evaluation.leaked import find_leaked_tasks, find_near_copies
 from stages.evaluation.measuring import gold_scores, measure
-from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, split_demonstrations
+from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models, peoples_pairs, with_opinions
+from stages.evaluation.panel_results import panel_figures
+from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, row_of, split_demonstrations
 from stages.evaluation.results import Measured
+from stages.evaluation.selecting import make_selector
 from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools, make_sampler
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import (
+    JUDGE_REPEAT,
     STAGES,
     EvaluateSettings,
     difference_lines,
@@ -47,13 +52,14 @@ from stages.settings.evaluate import (
     training_prompt_kinds,
 )
 from stages.settings.experiment import Experiment
-from stages.settings.policies import climbs_own_model, compared_policies, has_rankings
+from stages.settings.policies import climbs_own_model, compared_policies, has_rankings, ranks_by_scorers
 from stages.settings.ppo import climbed_folders
 from stages.shared.inputs import (
     LengthLimit,
     fit_prompts,
     load_placed_records,
     load_records,
+    published,
     read_world,
     split_documents,
 )
@@ -77,12 +83,14 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     names = [name for name in STAGES if name in ctx.inputs]
     if settings.best_of > 1 and "best_of_n" in compared_policies(experiment):
         names.append("best_of_n")
+        tools = with_selector(ctx, session, tools, prompts)
     for line in missing_figures(experiment, judged="rm" in ctx.inputs):
         session.say(line)
 
     # 2. Measure each policy, with a checkpoint after each. A resumed run may have measured more
     # than it compares now: evaluate.policies can change.
     measured = measured_before(session.checkpoints)
+    steps = len(names) + len(settings.named_judges)
     with session.tracker.progress(len(names), "evaluate", len(measured)) as progress:
         for name in names:
             if name in measured:
@@ -90,33 +98,44 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
             form = form_of_base(settings.base_prompt, experiment.model.name_or_path) if name == "base" else "chat"
             if form != "chat":
                 session.say(f"base is prompted {DESCRIPTIONS[form]}")
-            poll = partial(session.leave_if_requested, len(measured), len(names))
+            poll = partial(session.leave_if_requested, len(measured), steps)
             measured[name] = measure_policy(tools, name, form, prompts, text_rows, settings, session.seed, poll)
             progress.update(len(measured))
-            if len(measured) < len(names):
+            if len(measured) < steps:
                 state = {"measured": {name: of_policy.state() for name, of_policy in measured.items()}}
-                session.checkpoints.save(len(measured), {}, state, len(names))
-                session.leave_if_requested(len(measured), len(names))
+                session.checkpoints.save(len(measured), {}, state, steps)
+                session.leave_if_requested(len(measured), steps)
 
-    # 3. Let each policy answer some prompts greedily, for the report.
-    measured = {name: measured[name] for name in names}
-    poll = partial(session.leave_if_requested, len(names) - 1, len(names))
+    if tools.selector is not None:
+        tools.selector.scorer.close()
+
+    # 3. Let the judges of the settings judge, with a checkpoint after each; then greedy answers for
+    # the report.
+    measured, panel, opinions = ask_judges(ctx, session, tools, prompts, {name: measured[name] for name in names})
+    poll = partial(session.leave_if_requested, steps - 1, steps)
     context = context_in(ctx.inputs["sft"] / "model")
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
     tools.sampler.close()
 
     # 4. Compare, and publish.
     rm_figures = ctx.manifests["rm"]["metrics"] if "rm" in ctx.manifests else {}
-    judges = judges_of(names, prompts.world is not None, ctx.inputs.get("rm"), climbed_by_ppo(experiment), rm_figures)
+    rm, climbed = ctx.inputs.get("rm"), climbed_by_ppo(experiment)
+    further = judges_of_settings(names, settings.named_judges, experiment.ppo.rewards or [], rm, climbed)
+    judges = judges_of(names, prompts.world is not None, rm, climbed, rm_figures, further)
     if judges and judges[0].climbed:
         session.say(
             f"warning: {' and '.join(sorted(judges[0].climbed))} climbed the only judge, the reward model, so it "
             f"overrates them; rankings.judge_fraction keeps rankings for a judge that nothing climbs"
         )
-    results = compare(prompts, measured, judges, rm_figures) | {
+    panel_results = None
+    if panel is not None:
+        people_scores = people_by_models(tools, prompts.world, panel.people)
+        panel_results = panel_figures(measured, prompts.clusters, opinions, panel.people, people_scores)
+    results = compare(prompts, measured, judges, rm_figures, panel_results) | {
         "missing_eos_score": settings.missing_eos_score,
         "response_length": settings.response_length,
         "temperature": settings.temperature,
+        **({} if tools.selector is None else {"best_of_by": tools.selector.name}),
         "differs_from_training": differences_from_training(experiment),
     }
     for line in difference_lines(results["differs_from_training"]):
@@ -159,6 +178,89 @@ def measure_policy(
         losses = text_losses(policy.model, text_rows, tools.accelerator, settings.batch_size)
     gold = gold_scores(prompts.world, prompts.prompts, answers["responses"], answers["finished"])
     return Measured(asked=form, gold=gold, text_losses=losses, **answers)
+
+
+def with_selector(
+    ctx: StageRun[EvaluateSettings, Experiment], session: Session, tools: Tools, prompts: EvaluationPrompts
+) -> Tools:
+    """Return the tools with what chooses the best of n samples, if that is not the reward model."""
+    if ctx.config.best_of_by is None:
+        return tools
+    selector = make_selector(
+        ctx.config.best_of_by,
+        prompts,
+        tools.tokenizer,
+        accelerator=tools.accelerator,
+        batch_size=ctx.config.batch_size,
+        records=session.checkpoints.folder / "scores",
+        poll=partial(session.leave_if_requested, 0, len(STAGES)),
+        trust_remote_code=ctx.trust_remote_code,
+    )
+    return dataclasses.replace(tools, selector=selector)
+
+
+def ask_judges(
+    ctx: StageRun[EvaluateSettings, Experiment],
+    session: Session,
+    tools: Tools,
+    prompts: EvaluationPrompts,
+    measured: dict[str, Measured],
+) -> tuple[dict[str, Measured], Panel | None, dict[str, Opinion]]:
+    """Let the judges of the settings judge the measured policies, with a checkpoint after each.
+
+    Args:
+        ctx: The run.
+        session: The run, for checkpoints and lines.
+        tools: The tokenizer, and where models run.
+        prompts: The evaluation prompts.
+        measured: What was measured of each policy.
+
+    Returns:
+        The same with what the judges said of each; the panel, None without judges; and what each
+        judge said.
+    """
+    settings = ctx.config
+    named = settings.named_judges
+    if not named:
+        return measured, None, {}
+    rankings = []
+    if "rankings" in ctx.inputs:
+        rankings = load("rankings", published(ctx.inputs["rankings"] / "validation.jsonl"))
+    panel = Panel(
+        settings=named,
+        people=peoples_pairs(
+            rankings, tools.tokenizer, count=settings.pairs_to_judge, max_length=settings.max_length, seed=session.seed
+        ),
+        repeat=JUDGE_REPEAT if settings.judge_repeat is None else settings.judge_repeat,
+        records=session.checkpoints.folder / "scores",
+        seed=session.seed,
+        say=session.say,
+        trust_remote_code=ctx.trust_remote_code,
+    )
+    checkpoint = session.checkpoints.newest()
+    opinions = {} if checkpoint is None else {
+        name: Opinion(**state) for name, state in checkpoint.state.get("judged", {}).items()
+    }  # fmt: skip
+    total = len(measured) + len(named)
+    with session.tracker.progress(len(named), "judges", len(opinions)) as progress:
+        for name in named:
+            if name in opinions:
+                continue
+            done = len(measured) + len(opinions)
+            poll = partial(session.leave_if_requested, done, total)
+            opinions[name] = judge_all(panel, name, tools, prompts, measured, poll)
+            progress.update(len(opinions))
+            if done + 1 < total:
+                state = {
+                    "measured": {policy: own.state() for policy, own in measured.items()},
+                    "judged": {judge: opinion.state() for judge, opinion in opinions.items()},
+                }
+                session.checkpoints.save(done + 1, {}, state, total)
+                session.leave_if_requested(done + 1, total)
+    for name in named:
+        if opinions[name].invalid:
+            session.say(f"warning: {name}: {opinions[name].invalid} of {opinions[name].asked} verdicts are not valid")
+    return with_opinions(measured, opinions), panel, opinions
 
 
 def prepare(
@@ -243,6 +345,7 @@ def prepare(
         chat_ids=chat_ids,
         clusters=[prompt_key(prompt) if world is None else str(world.task(prompt)) for prompt in texts],
         leaked=leaked,
+        rows=[row_of(records[i]) for i in kept],
         world=world,
         examples=examples,
         room=None if context is None else context - settings.response_length,
@@ -301,7 +404,9 @@ def climbed_by_ppo(experiment: Experiment) -> Climbed:
     settings, others = experiment.ppo, climbed_folders(experiment)
     if settings.held_out_reward_model is not None and settings.keep == "best":
         others.append(Path(settings.held_out_reward_model))
-    return Climbed(own=climbs_own_model(experiment), others=others)
+    labels = experiment.rankings.scorer or [] if ranks_by_scorers(experiment) else []
+    selector = experiment.evaluate.best_of_by
+    return Climbed(own=climbs_own_model(experiment), others=others, selector=selector, labels=labels)
 
 
 def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:

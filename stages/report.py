@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
 from pipeline.taking import taken_from
-from stages.page import curves, external, gains, lineage, results_tables, samples, trust, trust_plots
+from stages.page import curves, external, gains, lineage, panel, results_tables, samples, trust, trust_plots
 from stages.page.curves import Journal
 from stages.page.data_table import data_table
 from stages.page.drawing import Picture, picture
@@ -78,6 +78,8 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
         notes=notes(results),
         tiles=tiles(results, names),
         results_tables=results_tables.policy_tables(results, names),
+        panel_tables=panel.tables(results, names),
+        panel_sentences=panel.sentences(results),
         gold_tables=trust.gold_table(responses, results, names),
         trust_sentences=trust.sentences(results, names),
         trust_tables=trust.tables(results, names),

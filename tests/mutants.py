@@ -786,8 +786,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "best of n is chosen before cut responses are fined",
-        "best = tools.with_missing_eos(raw, answers).view(-1, best_of)",
-        "best = raw.view(-1, best_of)",
+        "quality = tools.with_missing_eos(raw, answers)",
+        "quality = raw",
     ),
     Mutant(
         "evaluate",
@@ -858,8 +858,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "DPO is said to have climbed the judge",
-        'policies = {"best_of_n"} if is_own else set()',
-        'policies = {"best_of_n", "dpo"} if is_own else set()',
+        'policies = {"best_of_n"} if is_own and climbed.selector is None else set()',
+        'policies = {"best_of_n", "dpo"} if is_own and climbed.selector is None else set()',
     ),
     Mutant("evaluate", "ppo.reward_model is not asked", "own=climbs_own_model(experiment)", "own=True"),
     Mutant(
@@ -900,8 +900,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "the reward model judges where there is gold",
-        "return [judges[name] for name in in_order(list(judges))]",
-        "return [judges[name] for name in in_order(list(judges))[::-1]]",
+        "return deciding_first([*judges.values(), *panel])",
+        "return deciding_first([*judges.values(), *panel])[::-1]",
         "stages/evaluation/climbed.py",
     ),
     Mutant(

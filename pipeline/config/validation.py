@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,7 @@ RENAMED = {
     "zero_stage": "use launch.strategy: fsdp2, which shards the same state as ZeRO-3",
     "offload": "leave it out, weights stay on the devices; see launch.strategy: fsdp2",
     **dict.fromkeys(
-        ("ppo.top_k", "ppo.top_p"),
+        ("ppo.top_k", "ppo.top_p", "ppo.rollout.top_k", "ppo.rollout.top_p"),
         "leave it out: PPO's ratios and KL are of whole distributions, and samples of a truncated one would bias them; "
         "evaluate, rankings and chat have it",
     ),
@@ -99,12 +100,18 @@ def validate_tree(tree: Tree, experiment_class: type[E], checks: Iterable[Check]
     if experiment is not None:
         for check in (check_common, *checks):
             for line in check(experiment):
-                where = tuple(line.partition(":")[0].split("."))
+                where = path_of(line.partition(":")[0])
                 lines.append(f"{tree.origin(where)}: {line}")
     if lines or experiment is None:
         raise UserError(lines)
     experiment._file = ConfigFile(Path(tree.source), tree.overrides)
     return experiment
+
+
+def path_of(key: str) -> tuple:
+    """Return the path of a dotted key, with the places in lists: "a.b[0].c" gives (a, b, 0, c)."""
+    parts = re.findall(r"[^.[\]]+|\[\d+\]", key)
+    return tuple(int(part[1:-1]) if part.startswith("[") else part for part in parts)
 
 
 def fill_empty_sections(tree: Tree, experiment_class: type[BaseModel]) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from stages.settings.evaluate import RM_FIGURES
 
 
 def compare(
-    prompts: EvaluationPrompts, measured: dict[str, Measured], judges: Sequence[Judge], rm_figures: dict[str, Any]
+    prompts: EvaluationPrompts,
+    measured: dict[str, Measured],
+    judges: Sequence[Judge],
+    rm_figures: dict[str, Any],
+    panel: dict[str, Any] | None = None,
 ) -> dict:
     """Compare the policies with SFT.
 
@@ -20,6 +24,7 @@ def compare(
         measured: What was measured of each policy.
         judges: The judges; the first one decides.
         rm_figures: The figures of the stage rm; {} if there is none.
+        panel: What the judges of the settings are worth (`panel_results.py`); None without any.
 
     Returns:
         results.json, without the settings that it repeats.
@@ -51,7 +56,7 @@ def compare(
         "overoptimisation": {
             name: overoptimisation.check(of_policy, sft, clusters) for name, of_policy in measured.items()
         },
-    }
+    } | ({} if panel is None else {"panel": panel})
 
 
 def manifest_figures(results: dict, name: str) -> dict:

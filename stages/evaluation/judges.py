@@ -3,7 +3,8 @@
 A judge gives every response a score. `gold` is the embedded world's own scorer; `kept` is a reward
 model that learned from rankings kept for judging (`rankings.judge_fraction`), which no policy was
 trained on; `reward_model` is the one that PPO maximises and best of n selects by; `held_out` is a
-reward model of another seed that learned from the same rankings as it.
+reward model of another seed that learned from the same rankings as it. Others are judges that
+`evaluate.judges` names.
 
 The first judge of an evaluation decides: its figures are `win_rate_vs_sft` and `difference_to_sft`.
 """
@@ -35,11 +36,31 @@ class Judge:
     it gets no win rate."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What was measured of the judge itself, such as its accuracy on held-out pairs."""
+    compares: bool = False
+    """Whether it compares responses with SFT's, and gives none a score."""
 
     @property
     def kind(self) -> str:
-        """Return `judge` of results.json: "gold" or "reward_model"."""
-        return "gold" if self.name == GOLD else "reward_model"
+        """Return `judge` of results.json: "gold", "reward_model", or "judge" for others."""
+        if self.name == GOLD:
+            return "gold"
+        return "reward_model" if self.name in ORDER else "judge"
+
+
+def deciding_first(judges: Sequence[Judge]) -> list[Judge]:
+    """Return judges by how far they are trusted; those of the settings before climbed models.
+
+    A judge of the settings that a policy climbed comes last.
+    """
+
+    def distrust(judge: Judge) -> int:
+        if judge.name in (GOLD, KEPT):
+            return ORDER.index(judge.name)
+        if judge.name in ORDER:
+            return 10 + ORDER.index(judge.name)
+        return 20 if judge.climbed else 5
+
+    return sorted(judges, key=distrust)
 
 
 def in_order(names: Sequence[str]) -> list[str]:

@@ -118,8 +118,8 @@ def score(
         policy: The policy that answered.
         chat_ids: The ids of each answer's prompt through the chat template.
         answers: B answers, those to one prompt next to each other.
-        best_of: Keep the answer of each `best_of` neighbours that the reward model scores highest;
-            None keeps all.
+        best_of: Keep the answer of each `best_of` neighbours that the selector, or else the reward
+            model, scores highest; None keeps all.
 
     Returns:
         The columns of `measure`, a value per answer that is kept; `kl` is None.
@@ -127,10 +127,14 @@ def score(
     raw, kept = None, list(range(len(answers)))
     if tools.reward_model is not None:
         raw = tools.raw_scores(tools.reward_model, chat_ids, answers, policy.packed)
-        if best_of is not None:
-            best = tools.with_missing_eos(raw, answers).view(-1, best_of).argmax(-1).tolist()
-            kept = [group * best_of + position for group, position in enumerate(best)]
-            raw = raw[kept]
+    if best_of is not None:
+        if tools.selector is None:
+            quality = tools.with_missing_eos(raw, answers)
+        else:
+            quality = tools.selector.scores(chat_ids, answers)
+        best = quality.view(-1, best_of).argmax(-1).tolist()
+        kept = [group * best_of + position for group, position in enumerate(best)]
+        raw = None if raw is None else raw[kept]
     kept_answers, prompts = [answers[i] for i in kept], [chat_ids[i] for i in kept]
     scores = {}
     for name, model in tools.judges.items():

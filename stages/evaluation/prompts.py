@@ -1,10 +1,10 @@
 """Choose the evaluation prompts, and hold what is known about each of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.records import Demonstration, prompt_key
+from data.records import Demonstration, as_messages, prompt_key
 from data.streams import Stream, derive_seed, held_out
 from data.turns import conversation_key
 from data.world.world import World
@@ -29,6 +29,9 @@ class EvaluationPrompts:
     """Demonstrations to show before a few-shot question."""
     room: int | None
     """The longest prompt that leaves room for a response in the context; None if unknown."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The row of data of each prompt, with all its keys, for judges that read them."""
 
     @property
     def known_tasks(self) -> list[bool] | None:
@@ -90,6 +93,14 @@ def choose_records(
     if limit is not None and limit < len(records):
         say(f"the first {limit} of {len(records)} evaluation prompts; evaluate.num_prompts takes more (null: all)")
     return records[:limit], locations[:limit]
+
+
+def row_of(record: Any) -> dict[str, Any]:
+    """Return the row of data of an evaluation prompt; of a demonstration its completion, too."""
+    if isinstance(record, Demonstration):
+        prompt = record.prompt if isinstance(record.prompt, str) else as_messages(record.prompt)
+        return {"prompt": prompt, "completion": record.completion}
+    return record.row()
 
 
 def choose_examples(demonstrations: Sequence[Demonstration], count: int, seed: int) -> list[Demonstration]:

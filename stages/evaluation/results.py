@@ -6,13 +6,14 @@ Array shapes: P prompts, S samples of each, N rows of pretraining text.
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
 import numpy as np
 
 from stages.evaluation.judges import GOLD as GOLD_JUDGE
 from stages.evaluation.judges import HELD_OUT, REWARD_MODEL, Judge
+from stages.evaluation.judging import preference_of
 from stages.evaluation.statistics import jackknife_interval, mean_estimate, rights, share_estimate, win_rate
 
 GOLD = ("helpful", "honest", "harmless", "overall")
@@ -42,6 +43,8 @@ class Measured:
     """Mean cross-entropy per token of N rows of held-out pretraining text; None for best of n."""
     raw_scores: list[list[float]] | None = None
     """The reward model's scores before `missing_eos_score`; None without a reward model."""
+    compared: dict[str, list[list[list[str | None]]]] = field(default_factory=dict)
+    """Judge that compares → (P, S, 2) verdicts on its samples and SFT's (`evaluation/panel.py`)."""
 
     @property
     def reward_model_scores(self) -> list[list[float]] | None:
@@ -184,6 +187,8 @@ def verdict(name: str, policy: Measured, sft: Measured, clusters: Sequence[Hasha
         it selected; "difference_to_sft": paired, None for SFT; "climbed": whether the policy was
         trained to please it, or selected by it.
     """
+    if judge.compares:
+        return compared_verdict(name, policy, clusters, judge)
     ours, theirs = policy.judged_by(judge.name), sft.judged_by(judge.name)
     bounded = judge.name == GOLD_JUDGE
     score = _estimate(ours.tolist(), clusters, share=bounded)
@@ -196,6 +201,15 @@ def verdict(name: str, policy: Measured, sft: Measured, clusters: Sequence[Hasha
         "difference_to_sft": difference,
         "climbed": name in judge.climbed,
     }
+
+
+def compared_verdict(name: str, policy: Measured, clusters: Sequence[Hashable], judge: Judge) -> dict:
+    """Compare a policy with SFT by a judge that compares; as of `verdict`, without scores."""
+    rate = None
+    if judge.name in policy.compared and name not in judge.selected:
+        orders = policy.compared[judge.name]
+        rate = share_estimate([np.mean([preference_of(*pair) for pair in row]) for row in orders], clusters)
+    return {"score": None, "win_rate_vs_sft": rate, "difference_to_sft": None, "climbed": name in judge.climbed}
 
 
 def order_by_gold(judge: str, sft: Measured, clusters: Sequence[Hashable], known: Sequence[bool] | None) -> dict | None:

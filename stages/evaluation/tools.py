@@ -12,6 +12,7 @@ import torch
 from pipeline.config.sections import LaunchSettings
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
+from stages.evaluation.selecting import Selector
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
@@ -73,6 +74,8 @@ class Tools:
     """Score of a response without EOS; None leaves the reward model's own score."""
     sampler: FrozenSampler | None = None
     """What samples the policies' responses; None as long as the longest prompt is not known."""
+    selector: Selector | None = None
+    """What chooses the best of n samples; None: the reward model."""
 
     def models(self) -> list[Any]:
         """Return the models that stay loaded, each once."""

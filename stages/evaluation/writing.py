@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stages.evaluation.judges import REWARD_MODEL
+from stages.evaluation.judging import preference_of
 from stages.evaluation.results import Measured
 
 
@@ -26,9 +27,10 @@ def response_rows(
         measured: What was measured of each policy.
 
     Yields:
-        {policy, prompt, sample, response, finished, score, length, raw_score?, judges?, gold?,
-        cluster?, known_task?}. `score` is the reward model's; `judges` has the scores of the other
-        judges, except gold, by name.
+        {policy, prompt, sample, response, finished, score, length, raw_score?, judges?, compared?,
+        gold?, cluster?, known_task?}. `score` is the reward model's; `judges` has the scores of the
+        other judges, except gold, by name; `compared` what a judge that compares made of it and
+        SFT's sample of the same number: 1 is won, ½ a tie.
     """
     for name, of_policy in measured.items():
         own = of_policy.reward_model_scores
@@ -48,6 +50,11 @@ def response_rows(
                     row["raw_score"] = of_policy.raw_scores[i][k]
                 if others:
                     row["judges"] = {judge: scores[i][k] for judge, scores in others.items()}
+                if of_policy.compared:
+                    row["compared"] = {
+                        judge: preference_of(*rows[i][k]) if k < len(rows[i]) else None
+                        for judge, rows in of_policy.compared.items()
+                    }
                 if of_policy.gold is not None:
                     row |= {"gold": of_policy.gold[i][k], "cluster": clusters[i], "known_task": leaked[i]}
                 yield row

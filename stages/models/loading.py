@@ -292,7 +292,12 @@ def scratch_config(vocab_size: int, max_position_embeddings: int, **shape: Any) 
 
 
 def load_pretrained(
-    name: str, *, attn_implementation: str, trust_remote_code: bool, revision: str | None = None
+    name: str,
+    *,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    where: str = "model.name_or_path",
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer, as they are; `settle_tokens` makes them ready for the stages.
 
@@ -301,6 +306,7 @@ def load_pretrained(
         attn_implementation: transformers' attention kernel.
         trust_remote_code: Whether code that the model brings may run.
         revision: Commit of a Hub id; None: the newest.
+        where: The setting that names the model, for error lines.
 
     Returns:
         The model and the tokenizer.
@@ -310,7 +316,7 @@ def load_pretrained(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options = {"trust_remote_code": trust_remote_code, "where": "model.name_or_path"}
+    options = {"trust_remote_code": trust_remote_code, "where": where}
     if revision is not None:
         options["revision"] = revision
     if name.startswith("package:"):
@@ -349,7 +355,7 @@ def load_pretrained(
         remedy = "give a folder with safetensors, a Hub id that can be reached, or package:NAME"
         if 'attn_implementation="eager"' in reason:  # code with its own attention
             reason, remedy = reason.partition(". ")[0], "set model.attn_implementation: eager"
-        raise UserError(f"model.name_or_path: cannot load {name!r} ({reason}); {remedy}") from error
+        raise UserError(f"{where}: cannot load {name!r} ({reason}); {remedy}") from error
     except Exception as error:
         if not trust_remote_code:
             raise
@@ -358,9 +364,7 @@ def load_pretrained(
     if info["missing_keys"] or kind.endswith(OTHER_HEADS):
         missing = f"the weights {sorted(info['missing_keys'])[:3]} of a {type(model).__name__}, which would be random"
         problem = f"lacks {missing if info['missing_keys'] else 'a head that predicts tokens'}"
-        raise UserError(
-            f"model.name_or_path: {name} holds a {kind}, and {problem}; give the folder of a language model"
-        )
+        raise UserError(f"{where}: {name} holds a {kind}, and {problem}; give the folder of a language model")
     if "gguf_file" in options:
         # A dequantized model still has its quantization config and refuses to be saved.
         config = model.config

@@ -185,7 +185,8 @@ def remarks_on(pairing: Pairing, ours: Side, theirs: Side) -> list[tuple[str, st
     """Return what a reader must know of a comparison: (the remark, the two experiments) of each."""
     both, common = f"{ours.label} and {theirs.label}", len(pairing.ours)
     if common < 2:
-        return [("no evaluation prompts in common, so the figures are not paired", both)]
+        shared = "no evaluation prompts" if common == 0 else "one evaluation prompt"
+        return [(f"{shared} in common, so the figures are not paired", both)]
     found = []
     if common < pairing.total:
         found.append((f"compared on the {common} prompts that both answered, of {pairing.total}", both))

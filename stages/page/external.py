@@ -96,7 +96,9 @@ def show(test: str, folder: Path, console: Console) -> None:
         console.print(printed)
     for sentence in section.sentences:
         console.print(Text(sentence), soft_wrap=True)
-    console.print(Text(f"written to {folder}; `rlhf run report -c CONFIG` puts it on the page"), soft_wrap=True)
+    # text, so that the command in it is filled in
+    line = f"written to {folder}; `rlhf run report -c CONFIG` puts it on the page"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def json_of(path: Path) -> dict[str, Any]:

@@ -118,7 +118,12 @@ def frontier(results: dict, journal: Journal | None, best_of: int, names: dict[s
 
 def maximiser_warning(policies: dict[str, dict], names: dict[str, str]) -> str:
     """Return a sentence on the policies that maximise the score; "" where none does."""
-    maximisers = [names[name] for name in ("ppo", "best_of_n") if name in policies]
+    maximisers = [
+        names[name]
+        for name in ("ppo", "best_of_n")
+        # best of n may be selected by another scorer
+        if name in policies and policies[name]["judges"].get("reward_model", {}).get("climbed", True)
+    ]
     if not maximisers:
         return ""
     verb = "maximise" if len(maximisers) > 1 else "maximises"

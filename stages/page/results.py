@@ -34,7 +34,8 @@ JUDGE = {
 """What is known of a judge → its value where it was not measured."""
 CHECKS = ("length", "cut", "held_out")
 """The checks for over-optimisation."""
-WHOLE = ("judge", "judge_name", "judges", "leaked", "leaked_by", "prompts", "samples_per_prompt", "clusters",
+WHOLE = ("judge", "judge_name", "judges", "best_of_by", "panel", "leaked", "leaked_by", "prompts",
+         "samples_per_prompt", "clusters",
          "missing_eos_score", "response_length", "temperature", "differs_from_training")  # fmt: skip
 """The figures of the evaluation as a whole."""
 PROMPTED = {"chat": "", "plain": "prompted in plain text", "few_shot": "prompted in plain text after a few examples"}

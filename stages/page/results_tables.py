@@ -159,10 +159,12 @@ def what_it_is(name: str, judge: dict[str, Any]) -> str:
         return f"a reward model of {count}rankings that train nothing else{apart}"
     known = {
         "gold": "the embedded world's own scorer",
-        "reward_model": "the reward model that PPO maximises and best of n selects by",
+        "reward_model": "the reward model that PPO maximises and best of n selects by"
+        if judge["selected"] or not judge["climbed"]
+        else "the reward model that PPO maximises",
         "held_out": "a reward model of another seed, of the same rankings",
     }
-    return known.get(name, "")
+    return judge.get("what") or known.get(name, "")
 
 
 # -- the reward model ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Print the table that ends a run, from results.json."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from stages.page.numbers import NONE, fixed, interval, number, percent
 from stages.page.results import NAMES, complete, judge_name, quality
 from stages.page.sentences import cut_sentences, marks, notes
 from stages.page.trust import warnings
+
+WIDTH = 100
+"""Columns of the printed lines."""
 
 
 def show(folder: Path, console: Console) -> None:
@@ -113,7 +117,8 @@ def other_judges(results: dict[str, Any]) -> list[str]:
                 mark = " †" if policy["judges"][judge]["climbed"] else ""
                 parts.append(f"{NAMES.get(name, name)} {percent(rate['value'])}{mark} ({interval(*rate['ci95'])})")
         if parts:
-            lines.append(f"win rates by {judge_name(judge)}: {', '.join(parts)}")
+            line = f"win rates by {judge_name(judge)}: {', '.join(parts)}"
+            lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ")
     return lines
 
 

@@ -236,6 +236,11 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     )
     if unused := unused_settings(c):
         session.say(f"not used with ppo.advantage {advantage_method(c)}: {', '.join(unused)}")
+    if c.rewards is not None and c.missing_eos_score is not None and "missing_eos_score" not in c.model_fields_set:
+        session.say(
+            f"a response that is cut off gets {c.missing_eos_score:g} (ppo.missing_eos_score), whatever the scorers "
+            f"say; that should be less than finished responses get"
+        )
     provenance = setup.publication.provenance
     if provenance.model.peft is not None:
         rates = ["learning_rate"] + (["value_learning_rate"] if has_value_model(c) else [])

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from stages.scorers.judge import JudgeScorer
 from stages.scorers.python import PythonScorer
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.rule import RuleScorer
 from stages.scorers.scorer import Scorer, ScorerSpec
 from stages.scorers.text_model import TextModelScorer
 from stages.scorers.url import UrlScorer
-from stages.settings.scorers import model, python, url
+from stages.settings.scorers import judge, model, python, url
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.rule import RULES
 
@@ -23,6 +24,7 @@ FACTORIES: dict[type[ScorerSection], Callable[[ScorerSpec], Scorer]] = {
     python.PythonScorer: PythonScorer,
     **dict.fromkeys(RULES.values(), RuleScorer),
     url.UrlScorer: UrlScorer,
+    judge.JudgeScorer: JudgeScorer,
 }
 """Class of a scorer's settings → what makes the scorer."""
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from data.conversations import encode_conversations
 from pipeline.errors import UserError
 from stages.models.ensemble import combine
 from stages.models.remote_code import from_pretrained
@@ -35,7 +37,7 @@ class TextModelScorer:
         """Return the scores, on the CPU.
 
         Raises:
-            UserError: A conversation does not fit in the model's context.
+            UserError: A conversation does not fit in a model's context, or its template.
         """
         conversations = [
             [*prompt, {"role": "assistant", "content": text}]
@@ -65,6 +67,9 @@ class Member:
         Args:
             folder: Its folder.
             spec: Device, precision and batch size.
+
+        Raises:
+            UserError: It is no reward model, or not one that these settings describe.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -72,14 +77,20 @@ class Member:
         self.folder, self.spec = folder, spec
         trust = spec.trust_remote_code
         self.tokenizer = from_pretrained(AutoTokenizer, folder, trust_remote_code=trust)
-        model: nn.Module = from_pretrained(
+        model, info = from_pretrained(
             AutoModelForSequenceClassification,
             folder,
             trust_remote_code=trust,
             dtype=torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
         )
-        self.model = model.to(spec.accelerator.device).eval().requires_grad_(False)
+        if info["missing_keys"]:
+            raise UserError(
+                f"{spec.name}: the model in {folder} lacks the weights {sorted(info['missing_keys'])[:3]}, which would "
+                f"be random; give a trained reward model"
+            )
+        self.model: nn.Module = model.to(spec.accelerator.device).eval().requires_grad_(False)
         config: Any = model.config
         self.bias = float(getattr(config, "reward_bias", 0.0) or 0.0)
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]
@@ -105,11 +116,11 @@ class Member:
         Args:
             conversations: Messages that end with the response.
             request: Its `poll` is called between batches.
+
+        Raises:
+            UserError: A conversation does not fit in the model's context, or its template.
         """
-        ids = [
-            self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-            for messages in conversations
-        ]
+        ids = self.encode(conversations)
         for i, row in enumerate(ids):
             if self.context is not None and len(row) > self.context:
                 raise UserError(
@@ -130,6 +141,33 @@ class Member:
                 found = self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
             logits[index] = found.float().cpu()
         return logits
+
+    def encode(self, conversations: Sequence[list[dict]]) -> list[list[int]]:
+        """Return the token ids of conversations through the model's own chat template.
+
+        Special tokens that occur in a message stay plain text: a policy must not learn to write
+        them.
+
+        Args:
+            conversations: Messages that end with the response.
+
+        Raises:
+            UserError: The template refuses a conversation, or takes too long.
+        """
+        ids: list[list[int]] = []
+        remedy = "take such prompts out, or take another reward model"
+        try:
+            for encoded in encode_conversations(self.tokenizer, conversations, add_generation_prompt=False):
+                if isinstance(encoded, TemplateError):
+                    raise encoded
+                ids.append(encoded)
+        except TemplateError as refusal:
+            prompt = json.dumps(conversations[len(ids)][0]["content"])[:60]
+            raise UserError(
+                f"{self.spec.name}: the chat template of {self.folder} fails on the prompt {prompt} ({refusal}); "
+                f"{remedy}"
+            ) from refusal
+        return ids
 
 
 def folders_of(settings: ModelScorer) -> list[Path]:

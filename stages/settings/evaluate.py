@@ -1,13 +1,22 @@
 """Declare the stage evaluate: its settings, inputs and checks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
-from stages.settings.policies import compared_policies, needs_reward_model, ranks_by_scorers, simulates_labelers
+from stages.settings.policies import (
+    compared_policies,
+    has_rankings,
+    needs_reward_model,
+    ranks_by_scorers,
+    simulates_labelers,
+)
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
+from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.scorer import Scorer, missing_of_scorers, names_of, scorer_files, scorer_problems
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -43,7 +52,17 @@ FIXED = (
     "perplexity_length",
     "greedy_prompts",
     "greedy_length",
+    "best_of_by",
+    "judges",
+    "judge_pairs",
+    "judge_repeat",
 )
+JUDGE_PAIRS = 200
+"""Pairs of held-out rankings that each judge is shown, where the settings say nothing."""
+JUDGE_REPEAT = 0.2
+"""Share of prompts about which each judge is asked again, where the settings say nothing."""
+RESERVED = ("gold", "kept", "reward_model", "held_out")
+"""Names of judges that are there without settings."""
 
 
 class EvaluateSettings(Section):
@@ -108,6 +127,31 @@ class EvaluateSettings(Section):
         "tokens",
         ge=1,
     )
+    best_of_by: Scorer | None = setting(
+        None,
+        "scorer that chooses the best of n samples (below), as {python: file.py:function}; it gives best_of_n no win "
+        "rate; null: this experiment's reward model",
+    )
+    judges: list[Scorer] | None = setting(
+        None,
+        "further judges, side by side: a list of scorers (below), as [{judge: gpt-5-mini, base_url: ADDRESS, mode: "
+        "pairwise}, {python: file.py:function}]. The page gives each one's win rates, with and without the effect of "
+        "length, its biases, and its agreement with labelers and the other judges",
+    )
+    judge_pairs: int | None = setting(
+        None,
+        "pairs of held-out rankings that each of judges is shown, to see how often it agrees with the labelers; 0: "
+        "none; null: 200",
+        "pairs",
+        ge=0,
+    )
+    judge_repeat: float | None = setting(
+        None,
+        "share of prompts about which each of judges is asked again, to see how often it says the same; 0: none; "
+        "null: 0.2",
+        ge=0,
+        le=1,
+    )
     perplexity_rows: int = setting(256, "largest number of held-out rows of pretraining text", "rows", ge=1)
     perplexity_length: int = setting(128, "length of such a row", "tokens", ge=8)
 
@@ -116,12 +160,77 @@ class EvaluateSettings(Section):
         """Whether responses are drawn from a part of the vocabulary only."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
+    @property
+    def named_judges(self) -> dict[str, ScorerSection]:
+        """Return the further judges by their names."""
+        judges = self.judges or []
+        return dict(zip(names_of(judges), judges, strict=True))
+
+    @property
+    def pairs_to_judge(self) -> int:
+        """Return how many pairs of held-out rankings a judge is shown, at most."""
+        if self.judges is None:
+            return 0
+        return JUDGE_PAIRS if self.judge_pairs is None else self.judge_pairs
+
 
 def needs(experiment: "Experiment") -> list[str]:
     """Return the stages that must be done first: those of the policies, and rm as judge."""
     policies = compared_policies(experiment)
     stages = [stage for stage in STAGES if stage in policies or stage == "sft"]
-    return [*stages, "rm"] if needs_reward_model(experiment) else stages
+    if needs_reward_model(experiment):
+        stages.append("rm")
+    if shows_rankings(experiment):
+        stages.append("rankings")
+    return stages
+
+
+def shows_rankings(experiment: "Experiment") -> bool:
+    """Return whether judges are shown pairs that labelers ranked; scorers that rank are none."""
+    return experiment.evaluate.pairs_to_judge > 0 and has_rankings(experiment) and not ranks_by_scorers(experiment)
+
+
+def folders(experiment: "Experiment") -> dict[str, Path]:
+    """Return the files and folders of the user that judge; their content is in the fingerprint."""
+    settings = experiment.evaluate
+    found = scorer_files("evaluate.judges", settings.judges or [])
+    return found if settings.best_of_by is None else found | settings.best_of_by.files("evaluate.best_of_by")
+
+
+def selector_problems(settings: EvaluateSettings) -> list[str]:
+    """Return a line for each mistake in what chooses the best of n samples."""
+    chosen, key = settings.best_of_by, "evaluate.best_of_by"
+    if chosen is None:
+        return []
+    lines = chosen.problems(key)
+    if chosen.compares():
+        lines.append(f"{key}.mode: pairwise gives no scores, which are needed here; set mode: grade")
+    if "rm" in chosen.stages():
+        lines.append(f"{key}: this experiment's reward model chooses anyway; leave it out")
+    if chosen.may_drop():
+        lines.append(f"{key}.on_failure: drop has no effect here; set stop")
+    if chosen.weight != 1:
+        lines.append(f"{key}.weight: nothing is added up here; leave it out")
+    return lines
+
+
+def judge_problems(settings: EvaluateSettings) -> list[str]:
+    """Return a line for each mistake in the list of judges."""
+    if settings.judges is None:
+        return [
+            f"evaluate.{key}: has no effect without evaluate.judges; leave it out"
+            for key in ("judge_pairs", "judge_repeat")
+            if getattr(settings, key) is not None
+        ]
+    lines = scorer_problems("evaluate.judges", settings.judges, as_judges=True)
+    for index, (judge, name) in enumerate(zip(settings.judges, names_of(settings.judges), strict=True)):
+        if "rm" in judge.stages():
+            lines.append(f"evaluate.judges[{index}]: this experiment's reward model judges anyway; leave it out")
+        elif name in RESERVED:
+            lines.append(f"evaluate.judges[{index}]: {name} is the name of another judge; give it one (name: …)")
+        if judge.weight != 1:
+            lines.append(f"evaluate.judges[{index}].weight: judges are not added up; leave it out")
+    return lines
 
 
 def reads(experiment: "Experiment") -> list[str]:
@@ -166,6 +275,7 @@ def check(experiment: "Experiment") -> list[str]:
                     f"evaluate.{key}: is {own} and ppo.{key} is {ppos}, so scores would not be those that PPO "
                     f"maximised; set both to the same value"
                 )
+    lines += judge_problems(settings) + selector_problems(settings)
     lines += no_room_for_prompt(experiment, "evaluate")
     return lines + over_context(experiment, "evaluate", *text_lengths(experiment))
 
@@ -217,7 +327,11 @@ def text_lengths(experiment: "Experiment") -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks, and each length over the context."""
+    settings = experiment.evaluate
     lines = missing_engine(experiment, "evaluate")
+    lines += missing_of_scorers("evaluate.judges", settings.judges or [])
+    if settings.best_of_by is not None:
+        lines += settings.best_of_by.missing("evaluate.best_of_by")
     return lines + over_folder_context(experiment, "evaluate", *text_lengths(experiment))
 
 
@@ -239,6 +353,7 @@ STAGE = Stage(
     check=check,
     missing_requirements=missing_requirements,
     check_data=check_data,
+    folders=folders,
     fixed=tuple(f"evaluate.{key}" for key in FIXED),
     shared=True,
 )

@@ -47,7 +47,7 @@ def compared_policies(experiment: "Experiment") -> list[str]:
     allowed = {
         "ppo": prompts and (has_rankings(experiment) or not climbs_own_model(experiment)),
         "dpo": has_rankings(experiment),
-        "best_of_n": prompts and has_rankings(experiment),
+        "best_of_n": prompts and (has_rankings(experiment) or section.best_of_by is not None),
     }
     return [name for name in section.policies if allowed.get(name, True)]
 
@@ -59,10 +59,13 @@ def trained_policies(experiment: "Experiment") -> list[str]:
 
 
 def climbs_own_model(experiment: "Experiment") -> bool:
-    """Return whether PPO is scored by the reward model of the stage rm, alone or among others."""
+    """Return whether PPO climbs the reward model of the stage rm, alone or among others.
+
+    One of weight 0 is only watched.
+    """
     settings = experiment.ppo
     if settings.rewards is not None:
-        return "rm" in scorer_stages(settings.rewards)
+        return "rm" in scorer_stages([scorer for scorer in settings.rewards if scorer.weight])
     return settings.reward_model is None
 
 
@@ -72,7 +75,7 @@ def needs_reward_model(experiment: "Experiment") -> bool:
     It does where the data allow PPO, and where a policy that needs it is named.
     """
     policies = compared_policies(experiment)
-    if "best_of_n" in policies:
+    if "best_of_n" in policies and experiment.evaluate.best_of_by is None:
         return True
     if "ppo" in policies and climbs_own_model(experiment):
         return True

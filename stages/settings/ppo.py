@@ -256,8 +256,8 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 
 def climbed_folders(experiment: "Experiment") -> list[Path]:
-    """Return the folders of the user's reward models that score."""
-    scorers = [settings for _, _, settings in named_rewards(experiment.ppo)]
+    """Return the folders of the user's reward models that it climbs: one of weight 0 is watched."""
+    scorers = [settings for _, _, settings in named_rewards(experiment.ppo) if settings.weight]
     return [folder for one in scorers if isinstance(one, ModelScorer) for folder in one.folders()]
 
 

@@ -82,11 +82,16 @@ def not_taken(kind: str, name: str, loaded: Loaded) -> NotTaken:
     """
     counts = {"bad_rows": len(loaded.dropped), "left_out": loaded.left_out.total()}
     figures = {key: count for key, count in counts.items() if count}
-    return NotTaken(words_of(loaded), left_out_rows(kind, name, loaded), figures)
+    return NotTaken(words_of(kind, loaded), left_out_rows(kind, name, loaded), figures)
 
 
-def words_of(loaded: Loaded) -> list[str]:
-    """Return what was not taken of data, in words, reason by reason."""
+def words_of(kind: str, loaded: Loaded) -> list[str]:
+    """Return what was not taken of data, in words, reason by reason.
+
+    Args:
+        kind: The kind of data.
+        loaded: What was read.
+    """
     words = []
     if loaded.dropped:
         reasons: dict[str, int] = {}
@@ -100,11 +105,13 @@ def words_of(loaded: Loaded) -> list[str]:
     if loaded.filtered:
         words.append(f"{loaded.filtered:,} rows left out by where")
     if loaded.duplicates:
-        words.append(f"{loaded.duplicates:,} repeated prompts left out")
+        other = f", {loaded.differing:,} of them with other values than the first" if loaded.differing else ""
+        words.append(f"{loaded.duplicates:,} repeated prompts left out{other}")
     if loaded.unread:
         keys = [key for key, _ in loaded.unread.most_common()]
         more = f" and {len(keys) - MOST_KEYS} more" if len(keys) > MOST_KEYS else ""
-        words.append(f"keys not read: {', '.join(keys[:MOST_KEYS])}{more}")
+        reads = "keys that scorers alone read" if kind == "prompts" else "keys not read"
+        words.append(f"{reads}: {', '.join(keys[:MOST_KEYS])}{more}")
     return words
 
 

@@ -195,6 +195,15 @@ def test_repeated_prompts_are_left_out_and_counted(tmp_path):
     assert [p.prompt for p in load("prompts", path, limit=3)] == ["a", "b", "c"]
 
 
+def test_repeated_prompts_with_another_answer_are_counted_apart(tmp_path):
+    """A scorer would judge by the first answer alone."""
+    row = {"prompt": "a", "answer": "1", "id": 1}
+    path = written(tmp_path, row, row | {"id": 2}, row | {"answer": "2"}, "a", {"prompt": "b", "answer": "2"})
+    loaded = read("prompts", Source(path))
+    assert (len(loaded.records), loaded.duplicates, loaded.differing) == (2, 3, 1)
+    assert [p.row()["answer"] for p in loaded.records] == ["1", "2"]
+
+
 def test_documents(tmp_path):
     path = written(tmp_path, {"text": "a", "url": "u", "timestamp": 1, "meta": {"k": [1]}}, "b")
     assert load("documents", path) == [Document("a", meta={"k": [1]}), Document("b")]

@@ -81,6 +81,29 @@ def test_missing_and_damaged_artifacts_are_named(other):
     assert "from small: missing" in other("status")[1]
 
 
+def test_only_the_first_cause_is_a_line(other):
+    """What is made from a damaged stage is not stale because of its own settings."""
+    assert other.small("run", "fit")[0] == 0
+    Path("other.yaml").write_text(OTHER + TAKES.replace("[text]", "[text, fit]"))
+    words = Path("artifacts/small/text/words/all.json")
+    words.write_text(words.read_text() + " ")
+    code, _, err = other("run", "page")
+    assert code == 2 and err.count("error:") == 1 and "all.json: has 25 bytes" in err
+    assert "from small: stale because text is damaged" in " ".join(other("status")[1].split())
+
+
+def test_a_stage_that_the_other_experiment_takes_itself_is_named_where_it_is(other):
+    assert other("run", "fit")[0] == 0
+    third = fakes.CONFIG.replace("name: small", "name: third")
+    Path("third.yaml").write_text(third + "from: {experiment: other, stages: [text, fit]}\n")
+    code, _, err = other.small("run", "page", config="third.yaml")
+    assert code == 2 and err.count("error:") == 1
+    assert "text: is taken from other, but other takes it from small; name that experiment in `from` instead" in err
+    both = "from: [{experiment: small, stages: [text]}, {experiment: other, stages: [fit]}]\n"
+    Path("third.yaml").write_text(third + both)
+    assert other.small("run", "page", config="third.yaml")[0] == 0
+
+
 @pytest.mark.parametrize("flag", ["--force", "--restart"])
 def test_flags_cannot_change_what_is_taken(other, flag):
     before = tree()

@@ -4,10 +4,11 @@ import contextlib
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from data.encode import encode_prompt, encode_response
 from pipeline.config.sections import names_hub
+from pipeline.errors import UserError
 from stages.models.ensemble import combine
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
@@ -82,6 +83,38 @@ def test_several_logits_without_weights_are_refused(tokenizer, tmp_path):
         scorer_of(ModelScorer(model=str(folder)))
 
 
+def test_special_tokens_that_a_response_spells_out_stay_plain_text(tokenizer, tmp_path):
+    """The policy's tokenizer may not know them, and so cannot keep them out of its text."""
+    scorer = scorer_of(ModelScorer(model=str(save(tmp_path / "rm", tokenizer))))
+    spelled = f"red {tokenizer.eos_token} blue"
+    plain, tricky = ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": x}] for x in ("red", spelled))
+    counts = [row.count(tokenizer.eos_token_id) for row in scorer.members[0].encode([plain, tricky])]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_prompt_that_the_template_refuses_is_a_line(tokenizer, request_of_two, tmp_path):
+    folder = save(tmp_path / "rm", tokenizer)
+    refuses = (
+        "{% if messages[0].content == 'hi' %}{{ raise_exception('no greetings') }}{% endif %}{{ messages[0].content }}"
+    )
+    (folder / "chat_template.jinja").write_text(refuses)
+    with pytest.raises(
+        UserError, match=r'judge: the chat template of .*/rm fails on the prompt "hi" \(no greetings\); take'
+    ):
+        scorer_of(ModelScorer(model=str(folder))).score(request_of_two)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_language_model_is_refused(tokenizer, tmp_path, labels):
+    """Its head would be drawn at random, and PPO would climb that."""
+    folder = tmp_path / "policy"
+    config = tiny_config(vocab_size=len(tokenizer), num_labels=labels)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"judge: the model in .* lacks the weights .*score.*; give a trained reward"):
+        scorer_of(ModelScorer(model=str(folder), heads=[1.0] * labels))
+
+
 def test_a_list_of_folders_is_an_ensemble(tokenizer, request_of_two, tmp_path):
     folders = [str(save(tmp_path / str(seed), tokenizer, seed)) for seed in (1, 2, 3)]
     scores = scorer_of(ModelScorer(model=folders, how="mean_minus_std", deviations=2.0)).score(request_of_two)
@@ -106,6 +139,8 @@ def test_combining_by_hand():
         ({"model": "rm", "revision": "a" * 40}, "key.revision: rm is not a Hub id"),
         ({"model": ["rm", "nowhere"]}, "key.model: rm cannot stand in a list"),
         ({"model": ["nowhere"]}, "key.model: nowhere has no config.json"),
+        ({"model": "rm", "heads": [1.0, 2.0]}, "key.heads: has no effect with model: rm, which has one logit"),
+        ({"model": "rm", "deviations": 2.0}, "key.deviations: has no effect with how: mean; leave it out"),
     ],
 )
 def test_mistakes_are_lines(settings, line):

@@ -46,6 +46,12 @@ def test_a_length_over_the_context_of_a_model_from_scratch(tmp_path, stage):
     assert problems(tmp_path, f"{stage}.max_length=513", "model.name_or_path=org/name") == []
 
 
+@pytest.mark.parametrize("key", ["ppo.top_k", "ppo.rollout.top_p"])
+def test_ppo_does_not_sample_from_truncated_distributions(tmp_path, key):
+    (line,) = problems(tmp_path, f"{key}=1")
+    assert f"{key}: unknown key; leave it out: PPO's ratios and KL are of whole distributions" in line
+
+
 @pytest.mark.parametrize("key", ["ppo.ptx_length", "evaluate.perplexity_length"])
 def test_packed_rows_have_to_fit_too(tmp_path, key):
     assert problems(tmp_path, f"{key}=513")[0].startswith(f"{key}: 513 tokens is more than the model's context of 512")

@@ -67,3 +67,12 @@ class ScorerSection(Section):
     def may_drop(self) -> bool:
         """Return whether an update may go on without this scorer when it has failed."""
         return False
+
+    def describe(self) -> str:
+        """Return a clause that says what scores, for people; nothing secret is in it."""
+        given = self.model_dump(mode="json", exclude={"name", "weight"}, exclude_defaults=True)
+        return ", ".join(f"{key}: {value}" for key, value in given.items())
+
+    def compares(self) -> bool:
+        """Return whether it compares two responses, and gives none a score."""
+        return False

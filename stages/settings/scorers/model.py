@@ -43,6 +43,13 @@ class ModelScorer(ScorerSection):
             raise ValueError("an empty list; should name at least one folder")
         return given
 
+    @field_validator("heads")
+    @classmethod
+    def _a_weight_each(cls, given: Any) -> Any:
+        if given == []:
+            raise ValueError("should have a weight for each logit, or be null")
+        return given
+
     def named(self) -> list[str]:
         """Return what `model` names, as a list."""
         return [self.model] if isinstance(self.model, str) else list(self.model)
@@ -75,8 +82,14 @@ class ModelScorer(ScorerSection):
         return found
 
     def problems(self, key: str) -> list[str]:
-        """Return a line for each folder without a model, and for a Hub id without a commit."""
+        """Return a line for each thing that is missing, and for each setting without effect."""
         names, lines = self.named(), []
+        if "deviations" in self.model_fields_set and self.how != "mean_minus_std":
+            lines.append(
+                f"{key}.deviations: has no effect with how: {self.how}; leave it out, or say how: mean_minus_std"
+            )
+        if self.heads is not None and self.is_own():
+            lines.append(f"{key}.heads: has no effect with model: rm, which has one logit; leave it out")
         if self.hub_id() is not None:
             if self.revision is None or not COMMIT.fullmatch(self.revision):
                 found = "is missing" if self.revision is None else f"is {self.revision!r}"

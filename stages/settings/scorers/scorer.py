@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Discriminator, Tag
 
 from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.judge import JudgeScorer
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.scorers.python import PythonScorer
 from stages.settings.scorers.rule import RULES, Rule, RuleSection
@@ -24,6 +25,7 @@ KINDS: dict[str, type[ScorerSection]] = {
     "model": ModelScorer,
     "python": PythonScorer,
     "url": UrlScorer,
+    "judge": JudgeScorer,
     "rule": RuleSection,
 }
 """Key that names what scores → the class of its settings."""
@@ -60,6 +62,7 @@ Scorer = Annotated[
     Annotated[ModelScorer, Tag("ModelScorer")]
     | Annotated[PythonScorer, Tag("PythonScorer")]
     | Annotated[UrlScorer, Tag("UrlScorer")]
+    | Annotated[JudgeScorer, Tag("JudgeScorer")]
     | Rule,
     Discriminator(_class_name),
     BeforeValidator(_one_kind),
@@ -72,12 +75,14 @@ def names_of(scorers: Sequence[ScorerSection]) -> list[str]:
     return [scorer.name or scorer.default_name() for scorer in scorers]
 
 
-def scorer_problems(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
+def scorer_problems(key: str, scorers: Sequence[ScorerSection], *, as_judges: bool = False) -> list[str]:
     """Return a line for each mistake in a list of scorers.
 
     Args:
         key: The setting, as "ppo.rewards".
         scorers: Its value.
+        as_judges: Whether they judge side by side, so that each may compare responses and none may
+            be dropped; otherwise their scores are added.
     """
     if not scorers:
         return [f"{key}: is an empty list; should have at least one scorer, or be null"]
@@ -87,7 +92,12 @@ def scorer_problems(key: str, scorers: Sequence[ScorerSection]) -> list[str]:
     for name, count in Counter(names_of(scorers)).items():
         if count > 1:
             lines.append(f"{key}: {count} scorers have the name {name!r}; give each a name of its own (name: …)")
-    if all(scorer.may_drop() for scorer in scorers):
+    for index, scorer in enumerate(scorers):
+        if scorer.compares() and not as_judges:
+            lines.append(f"{key}[{index}].mode: pairwise gives no scores, which are needed here; set mode: grade")
+        if scorer.may_drop() and as_judges:
+            lines.append(f"{key}[{index}].on_failure: drop has no effect on a judge; set stop")
+    if all(scorer.may_drop() for scorer in scorers) and not as_judges:
         lines.append(
             f"{key}: every scorer has on_failure: drop, so that nothing might be left to score by; set "
             f"on_failure: stop for one of them"

@@ -136,11 +136,12 @@ def test_wins_are_counted_over_all_pairs_of_samples():
     assert found["by"] == "gold" and found["value"] == pytest.approx(np.mean(wins))
 
 
-def test_prompts_that_differ_are_not_paired():
-    one, other = side("a", random_rows(1, range(10))), side("b", random_rows(1, range(50, 60)))
+@pytest.mark.parametrize("first, shared", [(50, "no evaluation prompts"), (9, "one evaluation prompt")])
+def test_prompts_that_differ_are_not_paired(first, shared):
+    one, other = side("a", random_rows(1, range(10))), side("b", random_rows(1, range(first, first + 10)))
     table, said = compare_results.paired_table([one, other], [compare_results.Contrast(1, 0)], "ppo", ["", ""])
     assert table is None
-    assert said == [("no evaluation prompts in common, so the figures are not paired", "b and a")]
+    assert said == [(f"{shared} in common, so the figures are not paired", "b and a")]
 
 
 def test_common_prompts_are_counted():

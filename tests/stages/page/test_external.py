@@ -5,8 +5,9 @@ import json
 
 import pytest
 from report_run import HOSTILE, fake_run, page_of
-from rich.console import Console
 
+from pipeline.console import FilledConsole
+from pipeline.hints import Caller
 from stages.page import external
 from stages.page.results import NAMES
 
@@ -153,8 +154,9 @@ def test_the_page_shows_them_and_escapes_texts(tmp_path, folders):
 
 @pytest.mark.parametrize("test", external.SECTIONS)
 def test_the_terminal_shows_the_same_tables(folders, test):
-    console = Console(file=io.StringIO(), width=200)
+    console = FilledConsole(Caller("rlhf", "-c my.yaml"), width=200)
+    console.file = io.StringIO()
     external.show(test, folders[test], console)
     printed = console.file.getvalue()
     expected = {"lm_eval": "0.400  (± 0.020)", "reward_bench": "75.0\u00a0%", "refusals": "PPO refuses more"}
-    assert expected[test] in printed and "rlhf run report" in printed
+    assert expected[test] in printed and "`rlhf run report -c my.yaml` puts it on the page" in printed

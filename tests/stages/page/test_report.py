@@ -151,6 +151,7 @@ def test_needs_follow_the_policies_and_the_data():
         return SimpleNamespace(
             evaluate=SimpleNamespace(policies=policies, model_fields_set={"policies"}),
             ppo=SimpleNamespace(reward_model=None, rewards=None),
+            rankings=SimpleNamespace(scorer=None, judge_fraction=None),
             data=SimpleNamespace(**data, model_dump=lambda: data),
         )
 

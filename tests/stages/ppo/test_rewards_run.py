@@ -7,6 +7,8 @@ from micro_chain import WORDS
 
 from pipeline import fingerprints
 from pipeline.errors import UserError
+from stages.settings.policies import climbs_own_model
+from stages.settings.ppo import climbed_folders
 from tests.stages.ppo.test_ppo_run import SMALL
 
 FUNCTION = """
@@ -49,6 +51,16 @@ def test_the_weighted_sum_is_climbed_and_each_part_is_shown(chain, tmp_path, pro
         assert row["score"] == pytest.approx(row["parts"]["rm"] + 0.5 * row["parts"]["length"], abs=1e-5)
 
 
+@pytest.mark.parametrize("settings, is_said", [([], True), (["ppo.missing_eos_score=-1.0"], False)])
+def test_what_a_response_gets_that_is_cut_off_is_said(chain, tmp_path, prompts, settings, is_said):
+    """A default of −1 is no penalty where the scores of a function are lower."""
+    rewards = f"ppo.rewards=[{{python: '{reward_file(tmp_path)}:words'}}]"
+    given = ["ppo.total_episodes=8", rewards, f"data.prompts={prompts}", "evaluate.missing_eos_score=-1.0", *settings]
+    plain = [option for option in OPTIONS if "missing_eos_score" not in option]
+    said = " ".join(chain.run("ppo", tmp_path / "ppo", *plain, *given).said.split())
+    assert ("a response that is cut off gets -1 (ppo.missing_eos_score)" in said) == is_said
+
+
 def test_without_a_reward_model_the_stage_rm_is_not_needed(chain, tmp_path, prompts):
     """The value model then starts as the policy with a new head; all that is needed is sft."""
     file = reward_file(tmp_path)
@@ -68,6 +80,16 @@ def test_the_content_of_the_function_is_part_of_the_fingerprint(chain, tmp_path)
     assert found["ppo.rewards[1].model"] == chain.root / "other_rm/model"
 
 
+@pytest.mark.parametrize("weight, is_climbed", [(0.0, False), (-1.0, True)])
+def test_a_reward_model_of_weight_0_is_watched_and_not_climbed(chain, tmp_path, weight, is_climbed):
+    """So it is a judge that can be believed."""
+    folder, file = chain.root / "other_rm/model", reward_file(tmp_path)
+    own, other = f"{{model: rm, weight: {weight}}}", f"{{model: {folder}, weight: {weight}}}"
+    experiment = chain.experiment(f"ppo.rewards=[{{python: '{file}:words'}}, {own}, {other}]")
+    assert climbs_own_model(experiment) == is_climbed
+    assert climbed_folders(experiment) == ([folder] if is_climbed else [])
+
+
 def test_one_reward_model_in_the_list_is_what_it_is_without_a_list(chain, tmp_path):
     """The same models come out, to the byte."""
     one = chain.run("ppo", tmp_path / "one", *OPTIONS)
@@ -84,7 +106,11 @@ def test_one_reward_model_in_the_list_is_what_it_is_without_a_list(chain, tmp_pa
         ("[{weight: 2.0}]", "a scorer does not say what scores; should have exactly one of"),
         ("[{model: rm, python: 'a.py:f'}]", "a scorer has model and python"),
         ("[{model: rm}, {model: rm}]", "2 scorers have the name 'rm'"),
-        ("[{model: nowhere}]", "ppo.rewards[0].model: nowhere has no config.json"),
+        (
+            "[{model: nowhere}]",
+            "override ppo.rewards=[{model: nowhere}]: ppo.rewards[0].model: nowhere has no config.json",
+        ),
+        ("[{model: rm, heads: []}]", "ppo.rewards.0.heads: a list; should have a weight for each logit"),
         ("[{python: nowhere.py}]", "ppo.rewards[0].python: 'nowhere.py' names no function"),
         ("[{python: 'nowhere.py:score'}]", "ppo.rewards[0].python: no such file: nowhere.py"),
         ("[{model: rm, wieght: 2.0}]", "ppo.rewards.0.wieght: unknown key"),

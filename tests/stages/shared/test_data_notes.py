@@ -30,3 +30,15 @@ def test_of_many_the_last_line_counts_those_that_are_not_listed(tmp_path, monkey
     rows, notes, file = taken_down(tmp_path, [GOOD, *[GOOD | {"label": False}] * 5])
     assert [row.get("line") for row in rows] == [2, 3, None] and notes.figures == {"left_out": 5}
     assert rows[2] == {"data": "demonstrations", "file": file, "reason": rows[0]["reason"], "rows": 3}
+
+
+def test_what_scorers_would_miss_of_prompts_is_said(tmp_path):
+    """The second answer to a prompt is lost, and other keys are there for scorers alone."""
+    file, said = tmp_path / "prompts.jsonl", []
+    rows = [{"prompt": "what is red ?", "answer": answer, "level": 1} for answer in ("fox", "fox", "hen")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    DataNotes(said.append, tmp_path).take_down("prompts", str(file), sources.load_whole("prompts", Source(path=file)))
+    assert said == [
+        "prompts: 2 repeated prompts left out, 1 of them with other values than the first; keys that scorers alone "
+        "read: level"
+    ]
