@@ -41,7 +41,9 @@ QUESTIONS = [
 @pytest.fixture(scope="session")
 def chromium():
     """A browser that all tests share; each opens windows of its own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install -e .[dev])")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed (pip install -e .[dev])"
+    )
     found = os.environ.get("RLHF_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.skip("there is no Chromium (apt-get install chromium), or set RLHF_CHROMIUM")
@@ -153,7 +155,7 @@ def join(visit):
         window.get_by_label("Your name").fill(name)
         window.get_by_role("button", name="Begin").click()
         window.get_by_role("button", name="Start ranking").click()
-        window.locator("main h2").first.wait_for()
+        window.locator(".card, .panel").filter(has_not_text="Please read").first.wait_for()
         return window
 
     return enter

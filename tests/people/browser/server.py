@@ -1,6 +1,7 @@
 """Serve a ranking page with tasks of the tests: `python server.py FOLDER PORT`.
 
-The folder holds options.json, and keeps the database, so that the next server goes on where a killed one stopped.
+The folder holds options.json, and keeps the database, so that the next server goes on where a
+killed one stopped.
 """
 
 import json

@@ -1,5 +1,7 @@
 """Texts that try to do harm: shown as text, with what is invisible made visible, and rankable."""
 
+from itertools import pairwise
+
 from tests.people.browser.conftest import PHONE, place
 
 SCRIPT = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\"><b>bold</b>"
@@ -43,7 +45,7 @@ def test_hostile_answers_are_shown_harmless_and_can_be_ranked(serve, join):
     # nothing is wider than the window, above another card, or from elsewhere
     assert window.evaluate("document.documentElement.scrollWidth <= innerWidth")
     tops = [card.bounding_box() for card in window.locator(".card").all()]
-    assert all(a["y"] + a["height"] <= b["y"] for a, b in zip(tops, tops[1:], strict=False))
+    assert all(a["y"] + a["height"] <= b["y"] for a, b in pairwise(tops))
     for button in window.get_by_role("button", name="Compare").all()[:8]:
         button.click()
         window.locator("dialog .side").first.wait_for()
@@ -63,13 +65,17 @@ def test_hostile_answers_fit_a_phone(serve, join):
 
 def test_a_text_in_the_other_direction_reads_from_its_side(serve, join):
     window = join(serve([("اكتب جملة", ["القمر جميل في الليل.", "The moon."])]))
-    box = window.locator(".card .text").filter(has_text="القمر").evaluate(
-        """text => {
+    box = (
+        window.locator(".card .text")
+        .filter(has_text="القمر")
+        .evaluate(
+            """text => {
             const range = document.createRange();
             range.selectNodeContents(text);
             const words = range.getClientRects(), own = text.getBoundingClientRect();
             return own.right - Math.max(...[...words].map((r) => r.right));
         }"""
+        )
     )
     assert box < 40
 
@@ -89,7 +95,8 @@ def test_a_hostile_name_and_note(serve, join):
 
 
 def test_guidelines_are_text_too(serve, join):
-    markdown = "# Rules\n\n<img src=x onerror=\"document.title='run'\">\n\n**bold** [link](javascript:alert(1))\n\n1. one\n2. two"
+    markup = "<img src=x onerror=\"document.title='run'\">"
+    markdown = f"# Rules\n\n{markup}\n\n**bold** [link](javascript:alert(1))\n\n1. one\n2. two"
     window = join(serve([("Why?", ["yes", "no"])], guidelines=markdown))
     guidelines = window.locator("details.guidelines")
     assert "<img src=x" in guidelines.inner_text() and "link (javascript:alert(1))" in guidelines.inner_text()

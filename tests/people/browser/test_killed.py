@@ -66,8 +66,13 @@ def test_a_dead_server_is_said_and_ranking_goes_on(serve, join):
     server.kill()
     place(window, texts[1], 2)
     window.get_by_role("alert").get_by_text("The server does not answer. 1 move is not saved yet").wait_for()
+    tick = window.evaluate("getComputedStyle(document.querySelector('#saved'), '::before').content")
+    assert tick in ("none", "normal")
     place(window, texts[2], 3)
     place(window, texts[3], 3)
+    window.evaluate("scrollTo(0, document.body.scrollHeight)")
+    box = window.get_by_role("alert").bounding_box()  # in sight at the end of the page, too
+    assert box["y"] >= 0 and box["y"] + box["height"] < 300
     window.get_by_role("alert").get_by_text("3 moves are not saved yet").wait_for()
     assert window.locator("#saved").inner_text() == "Not saved: 3"
     window.get_by_role("button", name="Submit ranking").click()  # waits, too

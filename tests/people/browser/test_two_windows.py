@@ -5,8 +5,6 @@ import json
 from tests.people.browser.conftest import PHONE, QUESTIONS, is_saved, place, question, submit
 
 
-
-
 def test_two_labelers_never_get_the_same_task(serve, join):
     server = serve(QUESTIONS[:6])
     ada, bob = join(server, "Ada"), join(server, "Bob", **PHONE)

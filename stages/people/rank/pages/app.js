@@ -41,7 +41,7 @@ function banner(name, text, ...more) {
 function showState(state, unsaved = 0) {
   const text = { saved: "Saved", saving: "Saving …", waiting: `Not saved: ${unsaved}`, loading: "", silent: "No answer" }[state];
   saved.textContent = text;
-  saved.className = `saved ${state}`;
+  saved.className = `keeping ${state}`;
   const moves = unsaved === 1 ? "1 move is" : `${unsaved} moves are`;
   banner("silent", state === "waiting"
     ? `The server does not answer. ${moves} not saved yet: kept in this browser, and sent as soon as it is back. You can go on.`

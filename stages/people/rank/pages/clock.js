@@ -1,6 +1,7 @@
 // Count the seconds that a person works on a task. Left out: a hidden page, and rests.
 
 const IDLE_AFTER = 60_000; // ms without a key, a touch, a movement or a scroll
+const LONGEST = 24 * 3600_000; // ms of rest that are counted; the server takes no more at a time
 const STEP = 500; // ms between two looks at the clock
 const MOVES = ["pointerdown", "pointermove", "keydown", "wheel", "touchstart", "scroll", "input"];
 
@@ -19,7 +20,8 @@ export function startClock() {
     lastLook = now;
     // a long gap between two looks: the machine slept
     const active = !document.hidden && now - lastSign < IDLE_AFTER && passed < 10 * STEP;
-    gathered[active ? "active_ms" : "idle_ms"] += passed;
+    const kind = active ? "active_ms" : "idle_ms";
+    gathered[kind] = Math.min(gathered[kind] + passed, LONGEST);
   };
   for (const name of MOVES) {
     addEventListener(name, () => {

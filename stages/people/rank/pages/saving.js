@@ -71,7 +71,8 @@ export function makeSaver(options) {
 
   async function sendFirst() {
     const move = queue[0];
-    const times = clock.read();
+    move.times ??= clock.read(); // the same at each try: what came later belongs to the next move
+    const { times } = move;
     // by its name the server knows a move that is sent again because the answer got lost
     const body = { seq, kind: move.kind, body: move.body, id: move.name, ...times };
     try {

@@ -184,7 +184,7 @@ export function showTask(main, assignment, around) {
     if (showComparison && document.querySelector("dialog.compare")) showComparison();
     const reason = whyNot();
     missing.textContent = reason || "Every answer has been judged.";
-    missing.classList.toggle("in-tray", unjudged(draft, ids).length > 0);
+    missing.classList.toggle("other", reason !== "" && unjudged(draft, ids).length === 0);
     submit.setAttribute("aria-disabled", String(reason !== ""));
     undo.disabled = !saver.canUndo;
   }
