@@ -48,7 +48,8 @@ def run(
     tokens = serving.load_tokens(folder / TOKENS, renew=new_tokens)
     listener = serving.bind(settings.host, settings.port, "playground", last=tokens.port)
     address = serving.address_of(listener, settings.host)
-    with listener, lock.hold(folder / LOCK, "rlhf playground", address):
+    with listener, lock.hold(folder / LOCK, "rlhf playground"):
+        lock.note_address(folder / LOCK, address)
         serving.save_tokens(folder / TOKENS, serving.Tokens(tokens.page, tokens.lead, listener.getsockname()[1]))
         database = open_database(base, experiment.name)
         console.print(f"loading {', '.join(policies)}", style="dim", highlight=False)
