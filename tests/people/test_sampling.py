@@ -106,10 +106,11 @@ def test_prompts_that_make_no_task_are_not_sampled_again(run):
     assert "5 prompts got only identical answers" in one.said[-1]
     one.sample("rank.prompts=5", "rank.top_k=1")
     assert "answered before" in one.said[-1]
-    one.sample("rank.prompts=5", "rank.max_length=8")
-    assert "5 prompts are too long" in one.said[-1]
-    one.sample("rank.prompts=5", "rank.max_length=8")
-    assert "answered before" in one.said[-1]
+
+
+def test_a_limit_that_no_prompt_fits_is_a_mistake(run):
+    with pytest.raises(UserError, match=r"rank.max_length: no prompt is left, the limit is 2"):
+        run().sample("rank.prompts=5", "rank.max_length=8")
 
 
 def test_a_newer_policy_gives_new_tasks(run):

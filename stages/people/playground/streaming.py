@@ -34,8 +34,10 @@ class TextStream:
         if cut is not None:
             self.stopped = True
             return self.give(cut.strip())
-        certain = text.rstrip(HALF_CHARACTER).strip()
-        return self.give(certain[: len(certain) - held_back(certain, self.stops)])
+        certain = text.rstrip(HALF_CHARACTER)
+        # before white space goes, since a stop text may begin with it
+        certain = certain[: len(certain) - held_back(certain, self.stops)]
+        return self.give(certain.strip())
 
     def finish(self, text: str) -> str:
         """Return what is left of the whole text."""
