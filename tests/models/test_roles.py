@@ -29,7 +29,6 @@ from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.rollout import Rollout
 from stages.rollouts.transformers import Decoding, sample
 from stages.settings import ppo as ppo_settings
-from stages.settings.ppo import named_folders
 from stages.shared.runtime import adapter_settings, runtime_of, with_accelerator
 
 LORA = PeftSettings(method="lora", r=4, lora_alpha=8)
@@ -69,8 +68,8 @@ def context(tmp_path, causal, scalar, tokenizer):
 
 def load(ctx):
     """Return the models of a run, as its first lines load them."""
-    c, named = ctx.config, named_folders(ctx.experiment)
-    folders = role_folders(ctx.inputs["sft"] / "model", ctx.inputs, named, c.reward_ensemble)
+    c = ctx.config
+    folders = role_folders(ctx.inputs["sft"] / "model", ctx.inputs, ctx.experiment)
     runtime = with_accelerator(runtime_of(ctx))
     session = SimpleNamespace(seed=ctx.seed, say=print)
     return load_models(session, folders, runtime, adapter_settings(ctx.experiment.model), c.max_length)
@@ -83,17 +82,17 @@ def trains(model):
 def test_policy_and_value_model_train_the_others_do_not(context):
     roles = load(context())
     assert trains(roles.policy) and trains(roles.value_model)
-    assert not trains(roles.ref_policy) and not trains(roles.reward_model)
+    assert not trains(roles.ref_policy) and not trains(roles.reward_models["rm"])
     assert all(p.requires_grad for m in (roles.policy, roles.value_model) for p in m.parameters())
 
 
 def test_they_start_as_sft_and_reward_model(context, rows):
     """Policy = reference and value model = reward model, each with weights of its own."""
     roles = load(context())
-    for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_model)):
+    for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_models["rm"])):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
-    torch.testing.assert_close(response_values(roles.value_model, rows), response_values(roles.reward_model, rows))
+    torch.testing.assert_close(response_values(roles.value_model, rows), response_values(roles.reward_models["rm"], rows))
 
 
 def test_with_adapters_the_reference_costs_no_model(context, rows):
@@ -138,7 +137,7 @@ def accumulate(ctx, roles, rows, ragged, old):
 
 def step(ctx, roles, rows, ragged):
     """Return the gradients of an update, and the log-probs and scores before it."""
-    old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
+    old, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_models["rm"], rows)
     accumulate(ctx, roles, rows, ragged, old)
     return [old, scores, *(p.grad for m in (roles.policy, roles.value_model) for p in trainable_parameters(m).values())]
 
@@ -165,9 +164,9 @@ def test_four_roles_stand_on_one_trunk(adapted, rows, ragged, monkeypatch):
 def test_an_adapted_reward_model_scores_as_its_merged_weights(adapted, rows, tmp_path):
     roles = load(adapted())
     whole = load_scalar_model(tmp_path / "rm" / "model")
-    for model in (roles.reward_model, roles.value_model):
+    for model in (roles.reward_models["rm"], roles.value_model):
         torch.testing.assert_close(response_scores(model, rows), response_scores(whole, rows), rtol=1e-5, atol=1e-5)
-    assert trains(roles.value_model) and not trains(roles.reward_model)
+    assert trains(roles.value_model) and not trains(roles.reward_models["rm"])
 
 
 def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, tmp_path):
@@ -176,9 +175,9 @@ def test_publishing_one_role_leaves_the_others_alone(adapted, rows, tokenizer, t
     with torch.no_grad():
         for p in trainable_parameters(roles.policy).values():
             p += 0.05
-    logprobs, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_model, rows)
+    logprobs, scores = response_logprobs(roles.policy, rows).detach(), response_scores(roles.reward_models["rm"], rows)
     save_merged(roles.policy, tokenizer, tmp_path / "published", card="")
-    assert torch.equal(response_scores(roles.reward_model, rows), scores)
+    assert torch.equal(response_scores(roles.reward_models["rm"], rows), scores)
     again = load_policy(tmp_path / "published")
     torch.testing.assert_close(response_logprobs(again, rows), logprobs, rtol=1e-4, atol=1e-5)
     from peft import PeftModel
@@ -195,7 +194,7 @@ def test_another_reward_model_keeps_a_trunk_of_its_own(adapted, tmp_path):
     ctx = adapted()
     ctx.experiment.ppo = ctx.config = ctx.config.model_copy(update={"reward_model": str(tmp_path / "rm" / "model")})
     roles = load(ctx)
-    assert not is_adapted(roles.reward_model) and is_adapted(roles.value_model)
+    assert not is_adapted(roles.reward_models["rm"]) and is_adapted(roles.value_model)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(context, tmp_path):

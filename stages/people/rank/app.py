@@ -33,11 +33,17 @@ def make_app(state: RankState, folder: Path = PAGES) -> Guard:
     """
     pages = [
         Route("/", page(folder / "index.html"), methods=["GET"]),
-        Route("/lead", page(folder / "lead.html"), methods=["GET"]),
         Mount("/static", StaticFiles(directory=folder)),
     ]
+    if has_lead_page(folder):
+        pages.insert(1, Route("/lead", page(folder / "lead.html"), methods=["GET"]))
     app = Starlette(routes=[*pages, *routes(state), *lead_app.routes(state)], exception_handlers=HANDLERS)
     return Guard(app, state.gate)
+
+
+def has_lead_page(folder: Path = PAGES) -> bool:
+    """Return whether there is a page for the lead; its routes below /api/lead are there anyway."""
+    return (folder / "lead.html").is_file()
 
 
 def page(path: Path) -> Any:

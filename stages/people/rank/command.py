@@ -224,7 +224,7 @@ def serve(
     say: Callable[[str], None],
 ) -> int:
     """Serve the page until a signal, and return the exit code."""
-    from stages.people.rank.app import make_app
+    from stages.people.rank.app import has_lead_page, make_app
     from stages.people.rank.state import RankState
     from stages.people.web import lock, serving
     from stages.people.web.security import Gate
@@ -242,7 +242,8 @@ def serve(
             tasks = connection.execute("SELECT COUNT(*) FROM tasks").fetchone()[0]
         say(f"rank: {tasks:,} tasks in {database.path}")
         say(f"people rank at   {address}/?token={tokens.page}")
-        say(f"the lead's page  {address}/lead?token={tokens.lead}")
+        if has_lead_page():
+            say(f"the lead's page  {address}/lead?token={tokens.lead}")
         if (line := serving.exposed_line(section.host, "rank")) is not None:
             say(line)
         say("Ctrl-C stops it; nothing that a page showed as saved is lost, and the addresses stay the same")
