@@ -92,7 +92,9 @@ def test_they_start_as_sft_and_reward_model(context, rows):
     for one, other in ((roles.policy, roles.ref_policy), (roles.value_model, roles.reward_models["rm"])):
         for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr(), name
-    torch.testing.assert_close(response_values(roles.value_model, rows), response_values(roles.reward_models["rm"], rows))
+    torch.testing.assert_close(
+        response_values(roles.value_model, rows), response_values(roles.reward_models["rm"], rows)
+    )
 
 
 def test_with_adapters_the_reference_costs_no_model(context, rows):

@@ -31,10 +31,7 @@ def make_app(state: RankState, folder: Path = PAGES) -> Guard:
         state: What the routes share.
         folder: The pages, their style and scripts.
     """
-    pages = [
-        Route("/", page(folder / "index.html"), methods=["GET"]),
-        Mount("/static", StaticFiles(directory=folder)),
-    ]
+    pages = [Route("/", page(folder / "index.html"), methods=["GET"]), Mount("/static", StaticFiles(directory=folder))]
     if has_lead_page(folder):
         pages.insert(1, Route("/lead", page(folder / "lead.html"), methods=["GET"]))
     app = Starlette(routes=[*pages, *routes(state), *lead_app.routes(state)], exception_handlers=HANDLERS)
