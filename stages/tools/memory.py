@@ -195,7 +195,7 @@ def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str) -> N
     is_reference = set(compared) <= {"sft", "best_of_n"} and experiment.sft.ppo_init is None
     weights = models["policy"] * (1 if is_reference else 2)
     if judged:
-        weights += models["reward_model"] * len(reward_models(experiment))
+        weights += models["reward_model"] * len(reward_models(experiment, has_judge=judge_share(experiment) > 0))
     rows = max(1, c.batch_size // min(samples, 4)) * samples
     sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + (shares > 1) * models["policy"])
     return Need("evaluate", weights // shares, moments=0, kept=0, step=activations, sampling=sampling)

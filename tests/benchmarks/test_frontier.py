@@ -109,9 +109,9 @@ class TestSeries:
         result = estimates.difference(ours, theirs)
         assert result["value"] == pytest.approx(0.06) and result["ci95"][0] > 0.03
         assert estimates.estimate(ours)["ci95"][0] < estimates.estimate(theirs)["value"]
-        assert estimates.differences_over_seeds([0.35, 0.56, 0.77], levels) == pytest.approx(
-            {"value": 0.06, "ci95": pytest.approx(result["ci95"]), "n": 3, "clusters": 3}
-        )
+        paired = estimates.differences_over_seeds([0.35, 0.56, 0.77], levels)
+        assert paired["value"] == pytest.approx(0.06) and paired["ci95"] == pytest.approx(result["ci95"])
+        assert paired["n"] == paired["clusters"] == 3
 
     def test_prompts_without_the_figure_are_left_out(self):
         """A difference leaves out the prompts that either side lacks."""
@@ -119,14 +119,9 @@ class TestSeries:
         theirs = Series(np.array([0.0, 0.0, np.nan, 0.5]), tuple("abcd"))
         assert ours.mean() == pytest.approx(2 / 3)
         assert estimates.estimate([ours])["n"] == 3
-        assert estimates.difference([ours], [theirs]) == pytest.approx(
-            {
-                "value": 0.75,
-                "n": 2,
-                "clusters": 2,
-                "ci95": pytest.approx([0.75 - 12.706 * 0.25, 0.75 + 12.706 * 0.25], abs=1e-3),
-            }
-        )
+        found = estimates.difference([ours], [theirs])
+        assert found["value"] == pytest.approx(0.75) and found["n"] == found["clusters"] == 2
+        assert found["ci95"] == pytest.approx([0.75 - 12.706 * 0.25, 0.75 + 12.706 * 0.25], abs=1e-3)
 
     def test_one_seed_gives_no_interval_over_seeds(self):
         assert estimates.over_seeds([0.4])["ci95"] is None

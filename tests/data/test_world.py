@@ -462,4 +462,5 @@ def test_the_ceiling_counts_only_pairs_that_were_judged_and_not_tied():
     ceiling = labelers.accuracy_ceiling(utilities, [[1, 1, None]], texts, 1.0)
     assert ceiling == {"realised": 0.0, "expected": 0.0, "n_pairs": 0, "by_prompt": [(0.0, 0)]}
     ceiling = labelers.accuracy_ceiling(utilities, [[2, 1, None]], texts, 1.0)
-    assert ceiling == {"realised": 0.0, "expected": pytest.approx(1 / (1 + np.exp(-1))), "n_pairs": 1}
+    expected = pytest.approx(1 / (1 + np.exp(-1)))
+    assert ceiling == {"realised": 0.0, "expected": expected, "n_pairs": 1, "by_prompt": [(0.0, 1)]}

@@ -19,6 +19,12 @@ from tests.pipeline.test_cli import rlhf  # noqa: F401 (a fixture)
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Give tables room, or their words are on several lines."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def find(*overrides, text=fakes.CONFIG):
     Path("small.yaml").write_text(text)
     return sweep.find_sweep("small.yaml", overrides, fakes.experiment_class(fakes.stages()))

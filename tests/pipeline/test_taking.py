@@ -15,6 +15,12 @@ TAKES = "from: {experiment: small, stages: [text]}\n"
 OTHER = fakes.CONFIG.replace("name: small", "name: other")
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Give tables room, or their words are on several lines."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def tree(folder="artifacts/small"):
     """Return every file below a folder with its bytes and the time of its last change."""
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(folder).rglob("*")) if p.is_file()}

@@ -109,8 +109,8 @@ def test_a_reward_model_from_outside_needs_no_rankings(closure, tmp_path):
             "demonstrations prompts",
             (),
             [
-                "data.rankings: none is given, and rankings reads it; give a file or a Hub id, or data.prompts: world "
-                "(simulated labelers know only the embedded world's prompts)"
+                "data.rankings: none is given, and rankings reads it; give a file or a Hub id, or set rankings.scorer "
+                "(scorers rank), or data.prompts: world (simulated labelers know only the embedded world's prompts)"
             ],
         ),
         ("dpo", "rankings", (), ["data.demonstrations: none is given, and sft reads it; give a file or a Hub id"]),
