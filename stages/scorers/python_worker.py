@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def call(function: Callable[..., Any], columns: Columns, file: Path) -> list[Out
     try:
         answer = function(**arguments(function, columns))
         if inspect.isawaitable(answer):
-            answer = asyncio.run(finished(answer))
+            answer = result_of(answer)
     except (Exception, SystemExit) as error:
         raise CallFailed(f"raised {described(error, file)}") from error
     count = len(columns["responses"])
@@ -88,6 +89,16 @@ def call(function: Callable[..., Any], columns: Columns, file: Path) -> list[Out
         what = short(answer) if isinstance(answer, Mapping | str) else f"{len(answers)} scores"
         raise BadAnswer(f"gave {what} for {count} responses; give a list with a number for each")
     return [outcome_of(one) for one in answers]
+
+
+def result_of(awaitable: Any) -> Any:
+    """Return what an awaitable comes to; a notebook's thread has a loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(finished(awaitable))
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, finished(awaitable)).result()
 
 
 async def finished(awaitable: Any) -> Any:

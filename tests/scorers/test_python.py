@@ -1,5 +1,6 @@
 """Test the scorer `python:`: how a function is called, what it may return, and how it may fail."""
 
+import asyncio
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from data.encode import encode_prompt, encode_response
 from pipeline.errors import Interrupted, UserError
 from stages.scorers.python_pool import Pool
+from stages.scorers.python_worker import call
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
 from stages.scorers.scorers import make_scorer
 from stages.settings.scorers.python import PythonScorer
@@ -368,3 +370,16 @@ def test_a_key_of_the_rows_that_is_an_argument_of_ours_is_refused(tmp_path):
         "p.jsonl:2: the key 'responses' is what score gets of PPO itself; rename it in the source, as columns: "
         "{my_responses: responses}"
     ]
+
+
+def test_a_coroutine_is_awaited_where_a_loop_runs_already():
+    """As in a notebook, whose thread has a loop of its own."""
+
+    async def score(responses, **columns):
+        await asyncio.sleep(0)
+        return [1.0 for _ in responses]
+
+    async def cell():
+        return call(score, {"responses": ["a", "b"]}, Path("reward.py"))
+
+    assert [outcome["score"] for outcome in asyncio.run(cell())] == [1.0, 1.0]

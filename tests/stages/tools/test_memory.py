@@ -101,8 +101,8 @@ class TestStagesThatSample:
 
     def test_a_policy_the_reference_and_the_judges(self):
         policy = self.needs()["rankings"].weights
-        held = self.needs()["evaluate"].weights  # two reward models: rm.ensemble
-        assert held == pytest.approx(4 * policy, rel=0.01)
+        held = self.needs()["evaluate"].weights  # three reward models: rm.ensemble, and the judge
+        assert held == pytest.approx(5 * policy, rel=0.01)
         alone = self.needs("evaluate.policies=[sft]", "sft.ppo_init=null")["evaluate"].weights
         assert held - alone == policy, "SFT is the reference itself"
         assert self.needs("rm.ensemble=1")["evaluate"].weights < held
