@@ -255,7 +255,7 @@ def open_trackio(run: TrackedRun) -> OpenRun:
 
 
 def open_comet_ml(run: TrackedRun) -> OpenRun:
-    """Open an experiment by its key; an offline one cannot be asked, and is made anew."""
+    """Open an experiment by its key; start an offline one anew, since it cannot be asked."""
     import comet_ml
 
     is_offline = run.options.get("comet_ml", {}).get("online") is False

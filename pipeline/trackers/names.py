@@ -11,7 +11,7 @@ TrackerName = Literal[
 
 
 class Package(NamedTuple):
-    """What a tracker needs to be installed, and the arguments of it that are not the user's."""
+    """Name what a tracker needs installed, and those of its arguments that users may not set."""
 
     modules: tuple[str, ...]
     """Modules of which one must be importable."""

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers are told of one run of one stage; it travels as JSON."""
+    """Describe one run of one stage to trackers; travels as JSON."""
 
     names: tuple[str, ...]
     """The trackers, as in `tracking.with`."""

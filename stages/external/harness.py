@@ -21,7 +21,7 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Asked:
-    """How a model is asked."""
+    """Say how a model is prompted."""
 
     through_template: bool
     """Whether questions go through the chat template."""
@@ -39,7 +39,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """What lm-eval found of one model."""
+    """Hold lm-eval's results for one model."""
 
     metrics: dict[str, dict[str, dict[str, Any]]]
     """Task or group → metric ("acc,none": its name and its filter) → {value, stderr, n}."""

@@ -57,8 +57,6 @@ def check_same_tokenizer(one: Any, other: Any, where: str) -> None:
     Raises:
         UserError: They do not; the line names a token, a text or what the templates write.
     """
-    if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
-        return
     if (difference := difference_of(one, other)) is not None:
         raise UserError(
             f"{where}: its tokenizer is not the policy's ({difference}); policy, reward model and value model must "
@@ -86,6 +84,8 @@ def difference_of(one: Any, other: Any) -> str | None:
 
     Arguments are those of `check_same_tokenizer`.
     """
+    if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
+        return None  # the usual case, without a text
     ours, theirs = one.get_vocab(), other.get_vocab()
     for token in ours.keys() & theirs.keys():
         if ours[token] != theirs[token]:

@@ -11,7 +11,7 @@ from stages.page.compare_read import Row, Side
 
 @dataclass(frozen=True)
 class Said:
-    """What a policy of one experiment answered."""
+    """Hold the answers of one experiment's policy."""
 
     label: str
     """The experiment."""

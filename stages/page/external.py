@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of a test."""
+    """Hold what the page shows of an external test."""
 
     anchor: str
     """Its name in addresses."""

@@ -50,7 +50,7 @@ PERSON = "rlhf_person"
 
 @dataclass
 class State:
-    """What the routes share."""
+    """Hold what the routes share."""
 
     engine: Engine
     """Answers questions."""

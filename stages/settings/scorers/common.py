@@ -1,5 +1,6 @@
 """Define what the settings of every kind of scorer share."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,15 @@ class ScorerSection(Section):
     def compares(self) -> bool:
         """Return whether it compares two responses, and gives none a score."""
         return False
+
+
+def missing_key(key: str, variable: str | None) -> list[str]:
+    """Return a line if the environment lacks the variable that holds a server's key.
+
+    Args:
+        key: Where the scorer is in the config.
+        variable: Its `key_env`; None: the server needs no key.
+    """
+    if variable is None or os.environ.get(variable):
+        return []
+    return [f"{key}.key_env: the environment has no variable {variable}; export it, or leave key_env out"]

@@ -1,13 +1,12 @@
 """Declare the scorer `judge:`, a language model that grades a response or compares two."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.section import setting
 from pipeline.config.sections import is_hub_id
-from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.common import ScorerSection, missing_key
 from stages.settings.scorers.model import COMMIT
 from stages.settings.scorers.url import address_problems
 
@@ -194,9 +193,7 @@ class JudgeScorer(ScorerSection):
 
     def missing(self, key: str) -> list[str]:
         """Return a line if the environment has no key."""
-        if self.key_env is None or os.environ.get(self.key_env):
-            return []
-        return [f"{key}.key_env: the environment has no variable {self.key_env}; export it, or leave key_env out"]
+        return missing_key(key, self.key_env)
 
 
 def placeholders_of(file: Path) -> set[str]:

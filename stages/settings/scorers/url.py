@@ -1,11 +1,10 @@
 """Declare the scorer `url:`: a server that scores."""
 
-import os
 import urllib.parse
 from typing import Literal
 
 from pipeline.config.section import setting
-from stages.settings.scorers.common import ScorerSection
+from stages.settings.scorers.common import ScorerSection, missing_key
 
 Protocol = Literal["rlhf", "openrlhf", "slime", "vllm"]
 """How a server is asked; each is a line of `stages.scorers.url_protocols.PROTOCOLS`."""
@@ -74,9 +73,7 @@ class UrlScorer(ScorerSection):
 
     def missing(self, key: str) -> list[str]:
         """Return a line if the environment has no key."""
-        if self.key_env is None or os.environ.get(self.key_env):
-            return []
-        return [f"{key}.key_env: the environment has no variable {self.key_env}; export it, or leave key_env out"]
+        return missing_key(key, self.key_env)
 
 
 def address_problems(url: str) -> list[str]:

@@ -102,21 +102,26 @@ def test_moves_that_never_arrived_outlive_the_window(serve, join):
     assert placed(server) == [1, 0, 2]
 
 
-def test_an_answer_that_got_lost_makes_no_second_move(serve, join):
-    server = serve(ONE)
-    window = join(server)
-    texts = window.locator(".card .text").all_inner_texts()
+def lose_one_answer(window, pattern):
+    """Let requests reach the server and lose one answer; return the list that holds it then."""
     lost = []
 
     def lose(route):
-        """Let the request reach the server, and lose its answer, once."""
         if lost:
             route.continue_()
             return
         lost.append(route.fetch().json())
         route.abort()
 
-    window.route("**/moves", lose)
+    window.route(pattern, lose)
+    return lost
+
+
+def test_an_answer_that_got_lost_makes_no_second_move(serve, join):
+    server = serve(ONE)
+    window = join(server)
+    texts = window.locator(".card .text").all_inner_texts()
+    lost = lose_one_answer(window, "**/moves")
     place(window, texts[0], 2)
     is_saved(window)
     assert lost[0]["seq"] == 1 and placed(server) == [1]
@@ -125,16 +130,7 @@ def test_an_answer_that_got_lost_makes_no_second_move(serve, join):
 def test_a_submit_whose_answer_got_lost_counts_once(serve, join):
     server = serve(QUESTIONS[:2])
     window = join(server)
-    lost = []
-
-    def lose(route):
-        if lost:
-            route.continue_()
-            return
-        lost.append(route.fetch().json())
-        route.abort()
-
-    window.route("**/submit", lose)
+    lost = lose_one_answer(window, "**/submit")
     for n, text in enumerate(window.locator(".card .text").all_inner_texts()):
         place(window, text, n + 1)
     submit(window)
