@@ -15,6 +15,7 @@ from pipeline.config.sections import (
     Common,
     DataSource,
     ModelSettings,
+    PeftSettings,
     is_hub_id,
     local_folder,
     source_paths,
@@ -28,10 +29,16 @@ PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@|[?&](write_)?(token|key)=")
 
 # Adapter methods that no stage can train, and why.
 IN_FRONT = (
-    "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
-    "weights that plain transformers can load"
+    "learns keys and values that are put before those of each layer; they cannot be merged into the weights, and every "
+    "stage publishes weights that plain transformers can load"
 )
-REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+REFUSED_METHODS = {"prefix_tuning": IN_FRONT}
+
+OF_SOFT_PROMPTS = {
+    "prompt_tuning": ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"),
+    "p_tuning": ("encoder_reparameterization_type", "encoder_hidden_size"),
+}
+"""Settings of prompt_tuning, which p_tuning has too, and those of p_tuning alone."""
 
 Problem = tuple[tuple, str]
 
@@ -178,7 +185,8 @@ def adapter_problems(model: ModelSettings) -> list[str]:
     problems = []
     if method in REFUSED_METHODS:
         problems.append(
-            f"model.peft.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit or qlora"
+            f"model.peft.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit, qlora, "
+            f"prompt_tuning or p_tuning"
         )
     if bits is not None and method != "qlora":
         problems.append(f"model.peft.bits: {bits} has no effect with method {method}; use qlora, or leave it out")
@@ -188,6 +196,26 @@ def adapter_problems(model: ModelSettings) -> list[str]:
         problems.append(
             f"model.peft.init_r: {init_r} is lower than r {model.peft.r}, the rank that adalora prunes to; raise it"
         )
+    return problems + soft_prompt_problems(model.peft)
+
+
+def soft_prompt_problems(peft: PeftSettings) -> list[str]:
+    """Return a line for each setting of a soft prompt that its method does not have, or lacks."""
+    problems = []
+    for method, keys in OF_SOFT_PROMPTS.items():
+        methods = ("prompt_tuning", "p_tuning") if method == "prompt_tuning" else (method,)
+        for key in keys:
+            value = getattr(peft, key)
+            if value is not None and peft.method not in methods:
+                problems.append(
+                    f"model.peft.{key}: {value!r} has no effect with method {peft.method}; use {' or '.join(methods)}, "
+                    f"or leave it out"
+                )
+    text, init = peft.prompt_tuning_init_text, peft.prompt_tuning_init
+    if init == "text" and text is None:
+        problems.append("model.peft.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
+    elif init not in (None, "text") and text is not None:
+        problems.append(f"model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters of peft. QLoRA
 (Dettmers 2023) is LoRA on a quantized model. BitFit (Ben Zaken 2021) trains the model's own biases.
+Prompt tuning and P-tuning train rows of its embedding (`soft_prompts.py`).
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from stages.models.ensemble import members
 from stages.models.loading import load_scalar_model, new_reward_model, scalar_config, score_head, without_dropout
 from stages.models.publish import edit_json, save_model
 from stages.models.quantized import dequantize, quantize
+from stages.models.soft_prompts import SoftPrompt, merge_soft_prompt, train_soft_prompt
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
 FOLDER = "adapter"  # beside the merged weights of a published model
@@ -44,6 +46,8 @@ class AdapterSettings:
     """AdaLoRA's rank at the start; None: 1.5 · r, rounded up."""
     bits: int | None = None
     """Bits per frozen weight, 4 or 8, for QLoRA; None for other methods."""
+    soft_prompt: SoftPrompt | None = None
+    """The soft prompt of prompt tuning and P-tuning; None for other methods."""
 
 
 def with_adapter(
@@ -67,7 +71,8 @@ def with_adapter(
         new_tokens: Ids whose rows in the embedding and the head train too.
 
     Returns:
-        The model itself (all weights, or its biases, train) or a PeftModel, in eval mode.
+        The model itself (all weights, its biases or its soft prompt train) or a PeftModel, in eval
+        mode.
 
     Raises:
         UserError: The method does not fit this model.
@@ -75,6 +80,9 @@ def with_adapter(
     if settings.method is None:
         model.requires_grad_(True)
         return model
+    if settings.soft_prompt is not None:
+        train_soft_prompt(model, settings.soft_prompt, seed, list(score_head(model).parameters()) if scalar else [])
+        return model.eval()
     config = adapter_config(model, settings, scalar=scalar, new_tokens=new_tokens)
     if config is None:
         return model
@@ -320,8 +328,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     weights that it computed with. Weights that other models share stay as they are. A copy without
     weights (`sharding.publishable` on other ranks) has nothing to merge.
     """
-    if not is_adapted(model) or not next(model.parameters()).numel():
+    if not next(model.parameters()).numel():
         return unwrapped(model)
+    if not is_adapted(model):
+        return merge_soft_prompt(model)
     dequantize(model)
     return model.merge_and_unload(safe_merge=True)
 

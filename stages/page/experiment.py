@@ -66,6 +66,9 @@ def adapter(manifests: dict[str, Manifest]) -> str:
     if not adapters:
         return "all weights, no adapter"
     peft = adapters[0]
+    if peft.get("method") in ("prompt_tuning", "p_tuning"):
+        length = peft.get("num_virtual_tokens") or 20
+        return f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
     parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
     return f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
 
