@@ -315,7 +315,11 @@ def add_soft_prompt(model: nn.Module, tokenizer: Any, soft: SoftPrompt, seed: in
         )
     from tokenizers import AddedToken
 
-    start = start_of(tokenizer, soft)
+    table, known = model.get_input_embeddings().weight.detach().clone(), tokenizer.get_vocab().values()
+    ordinary = sorted(i for i in {*known} - {*tokenizer.added_tokens_decoder} if i < len(table))
+    start = table[start_ids(tokenizer, soft, ordinary, seed)]
+    if soft.init == "random":
+        start = random_rows(table[ordinary], soft.count, seed)
     names = [f"<|soft_prompt_{i}|>" for i in range(soft.count)]
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [AddedToken(name, special=True, normalized=False) for name in names]},
@@ -331,56 +335,55 @@ def add_soft_prompt(model: nn.Module, tokenizer: Any, soft: SoftPrompt, seed: in
             f"model.peft.method: {soft.method} gives the model {soft.count} new tokens, and it cannot have them "
             f"({str(problem).partition(': ')[2].partition(';')[0]}); use lora"
         ) from problem
-    write_start(model, ids, start, soft, seed)
+    write_start(model, ids, start, ordinary)
     setattr(model.config, IDS, ids)
     what = {"text": "a text", "sample_vocab": "random tokens", "random": "random vectors"}[soft.init]
     return f"its chat template begins with a soft prompt of {soft.count} tokens, which starts as {what}"
 
 
-def start_of(tokenizer: Any, soft: SoftPrompt) -> list[int]:
-    """Return the ids that a soft prompt may start as: of the text, or of all tokens not special.
+def start_ids(tokenizer: Any, soft: SoftPrompt, ordinary: list[int], seed: int) -> list[int]:
+    """Return the tokens whose embeddings a soft prompt starts as.
 
     Args:
-        tokenizer: The tokenizer, before tokens are added.
-        soft: What the soft prompt starts as.
+        tokenizer: The tokenizer.
+        soft: Its length, and what it starts as. A text that is shorter than the prompt is repeated.
+        ordinary: Tokens to draw from, for another start than a text.
+        seed: Seed of the draw.
 
     Raises:
         UserError: The text has no tokens.
     """
-    if soft.init == "text":
-        ids = tokenizer(soft.init_text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if not ids:
-            raise UserError("model.peft.prompt_tuning_init_text: has no tokens; write a sentence, or leave it out")
-        return list(ids)
-    return sorted({*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder})
+    if soft.init != "text":
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(ordinary), (soft.count,), generator=generator)
+        return [ordinary[i] for i in drawn.tolist()]
+    ids = tokenizer(soft.init_text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not ids:
+        raise UserError("model.peft.prompt_tuning_init_text: has no tokens; write a sentence, or leave it out")
+    return [ids[i % len(ids)] for i in range(soft.count)]
 
 
 @torch.no_grad()
-def write_start(model: nn.Module, ids: list[int], start: list[int], soft: SoftPrompt, seed: int) -> None:
-    """Write the rows that a soft prompt starts as.
+def write_start(model: nn.Module, ids: list[int], start: Tensor, ordinary: list[int]) -> None:
+    """Write the rows of a soft prompt's tokens.
 
     Args:
         model: A causal language model with a row for each id; changed.
-        ids: Ids of the soft prompt.
-        start: As `start_of` returns them. A text that is shorter than the prompt is repeated.
-        soft: What the soft prompt starts as.
-        seed: Seed of what is random.
+        ids: The tokens.
+        start: Their input vectors (n, d).
+        ordinary: Tokens with rows that pretraining has seen.
     """
-    weight = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(seed)
-    known = [i for i in start if i < ids[0]]
-    if soft.init == "text":
-        chosen = [start[i % len(start)] for i in range(len(ids))]
-    else:
-        chosen = [known[i] for i in torch.randint(len(known), (len(ids),), generator=generator).tolist()]
-    rows = weight[chosen].clone()
-    if soft.init == "random":  # as the other rows are spread
-        table = weight[known]
-        rows = table.mean(0) + table.std(0) * torch.randn(rows.shape, generator=generator).to(rows)
-    weight[ids] = rows
-    head = model.get_output_embeddings()
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    weight[ids] = start
     if head is not None and head.weight is not weight:  # an average token is rare, whoever reads these logits
-        head.weight[ids] = head.weight[known].mean(0)
+        head.weight[ids] = head.weight[ordinary].mean(0)
+
+
+@torch.no_grad()
+def random_rows(table: Tensor, count: int, seed: int) -> Tensor:
+    """Return random vectors (count, d) with the mean and the spread of a table's rows (V, d)."""
+    noise = torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    return table.mean(0) + table.std(0) * noise.to(table)
 
 
 def refuse_unread(tokenizer: Any, ids: list[int], method: str) -> None:
