@@ -315,7 +315,7 @@ def add_soft_prompt(model: nn.Module, tokenizer: Any, soft: SoftPrompt, seed: in
         )
     from tokenizers import AddedToken
 
-    table, known = model.get_input_embeddings().weight.detach().clone(), tokenizer.get_vocab().values()
+    table, known = model.get_input_embeddings().weight.detach(), tokenizer.get_vocab().values()
     ordinary = sorted(i for i in {*known} - {*tokenizer.added_tokens_decoder} if i < len(table))
     start = table[start_ids(tokenizer, soft, ordinary, seed)]
     if soft.init == "random":

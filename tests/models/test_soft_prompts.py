@@ -336,6 +336,16 @@ def test_documents_are_read_after_it(soft):
         text_logprobs(model, torch.ones(1, 60, dtype=torch.long))
 
 
+def test_plain_logits_for_lm_eval_leave_it_out():
+    from stages.external.harness import exclude_soft_prompt
+
+    model, _ = made()
+    model.register_forward_hook(exclude_soft_prompt)
+    with torch.no_grad():
+        probabilities = model(torch.tensor([[5, 6]])).logits.softmax(-1)
+    assert not probabilities[..., soft_prompt_ids(model)].any() and probabilities[..., 5].all()
+
+
 def test_config_and_card_name_it(tmp_path):
     model, tokenizer = made()
     save_model(model, tokenizer, tmp_path, card="")
