@@ -143,6 +143,8 @@ class Verdict:
     """When, in seconds since 1970."""
     accepted: str
     """pending, accepted or excluded: what the lead says."""
+    message: str = ""
+    """What the lead wrote with that; the labeler sees it with a task that is sent back."""
 
 
 def labeler_of(row: sqlite3.Row) -> Labeler:
@@ -170,6 +172,7 @@ def verdict_of(row: sqlite3.Row) -> Verdict:
         note=row["note"],
         made=row["made"],
         accepted=row["accepted"],
+        message=row["message"],
     )
 
 
