@@ -188,7 +188,9 @@ def view(connection: sqlite3.Connection, state: RankState, assignment: Assignmen
     task, rules = read_task(connection, assignment.task_id), state.rules
     texts = {answer.id: answer for answer in task.answers}
     prompt = [{"role": "user", "content": task.prompt}] if isinstance(task.prompt, str) else task.prompt
-    verdict = connection.execute("SELECT sent_back, message FROM verdicts WHERE assignment_id = ?", (assignment.id,)).fetchone()
+    verdict = connection.execute(
+        "SELECT sent_back, message FROM verdicts WHERE assignment_id = ?", (assignment.id,)
+    ).fetchone()
     was_sent_back = verdict is not None and bool(verdict["sent_back"])
     answers = [
         {"id": answer, "label": LABELS[number], "text": texts[answer].text, "finished": texts[answer].finished}
