@@ -12,14 +12,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from stages.people.rank import assign, lead_app, moves
+from stages.people.rank.rules import LETTERS
 from stages.people.rank.state import RankState
 from stages.people.store.rows import Assignment, Labeler, read_task
 from stages.people.web.errors import HANDLERS, Handler, Refused, endpoint, number_of, text_of
 from stages.people.web.security import Guard, set_cookie
 
 PAGES = Path(__file__).with_name("pages")
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""What the answers are called, in the order in which they are shown."""
 OPENING = 200
 """Characters of a prompt in the list of the last tasks."""
 
@@ -193,7 +192,7 @@ def view(connection: sqlite3.Connection, state: RankState, assignment: Assignmen
     ).fetchone()
     was_sent_back = verdict is not None and bool(verdict["sent_back"])
     answers = [
-        {"id": answer, "label": LABELS[number], "text": texts[answer].text, "finished": texts[answer].finished}
+        {"id": answer, "label": LETTERS[number], "text": texts[answer].text, "finished": texts[answer].finished}
         for number, answer in enumerate(assignment.order_shown)
     ]
     flags = [{"name": flag.name, "question": flag.question} for flag in rules.flags]

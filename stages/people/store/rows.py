@@ -143,6 +143,8 @@ class Verdict:
     """When, in seconds since 1970."""
     accepted: str
     """pending, accepted or excluded: what the lead says."""
+    sent_back: bool = False
+    """Whether the labeler shall look at it again; until then it is excluded."""
     message: str = ""
     """What the lead wrote with that; the labeler sees it with a task that is sent back."""
 
@@ -172,6 +174,7 @@ def verdict_of(row: sqlite3.Row) -> Verdict:
         note=row["note"],
         made=row["made"],
         accepted=row["accepted"],
+        sent_back=bool(row["sent_back"]),
         message=row["message"],
     )
 
