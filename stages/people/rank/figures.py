@@ -6,6 +6,7 @@ of one task are not independent. A share that has no observations is None.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 from statistics import correlation
 from typing import Any
@@ -13,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from data.records import Ranking
-from stages.evaluation.statistics import agreements, jackknife_interval, mean_estimate, share_of_counts
+from stages.evaluation.statistics import agreements, mean_estimate, share_of_counts
 from stages.people.rank.judged import Facts, Judged, Tiers, ranks_of
 
 TRAINED = ("first", "overlap")
 """Reasons of rankings that train something, and by which labelers are compared."""
 Counts = dict[str, tuple[float, int]]
 """{task: (successes, tries)}: what a share is estimated from."""
-MOST_GROUPS = 40
-"""Groups of tasks that α is computed without, one at a time: it takes a while."""
 Observed = tuple[str, float, float]
 """(task, what was seen, what chance would give)."""
 
@@ -79,51 +78,39 @@ def agreement_by_pair(rows: Iterable[Judged], names: Mapping[int, str]) -> dict[
     return {pair: merged([counts]) for pair, counts in agreements(compared).items()}
 
 
-def alpha(rows: Iterable[Judged]) -> dict[str, Any] | None:
-    """Compute Krippendorff's α of ranks, ordinal, with a jackknife interval over tasks.
+def kendall(rows: Iterable[Judged]) -> dict[str, Any] | None:
+    """Estimate Kendall's τ-b between two labelers' rankings of a task, the mean over tasks.
 
-    A unit is an answer of a task that several labelers ranked, and its value the mean rank (ties
-    share it) among the answers that all of them judged. 0 is chance, 1 full agreement.
+    Unlike the share of pairs ordered alike it is corrected for chance, which gives 0, and counts
+    ties: a place shared by one of two labelers lowers it. 1 is full agreement.
 
     Returns:
-        {"value", "ci95" or None, "n": units}; None if no answer has two different ranks.
+        As from `mean_estimate`; None if no task has been ranked twice, ties apart.
     """
     by_task: dict[int, list[Judged]] = {}
     for row in ranked(rows):
         if row.reason in TRAINED:
             by_task.setdefault(row.task, []).append(row)
-    units, groups = [], []
-    for number, judged in enumerate(by_task.values()):
-        both = set.intersection(*(set(row.ranks) for row in judged))
-        if len(judged) < 2 or len(both) < 2:
-            continue
-        values = [mean_ranks(row.tiers, both) for row in judged]
-        units += [Counter(ranks[answer] for ranks in values) for answer in sorted(both)]
-        groups += [number % MOST_GROUPS] * len(both)
-    domain = sorted({value for unit in units for value in unit})
-    if len(domain) < 2:
+    values, tasks = [], []
+    for task, judged in by_task.items():
+        for one, other in combinations(judged, 2):
+            both = one.ranks.keys() & other.ranks.keys()
+            found = tau_b(tuple(sorted((one.ranks[answer], other.ranks[answer]) for answer in both)))
+            if found is not None:
+                values.append(found)
+                tasks.append(task)
+    return mean_estimate(values, tasks) if values else None
+
+
+@lru_cache(maxsize=50_000)  # few rankings of few answers differ, and scipy takes 2 ms for each
+def tau_b(ranks: tuple[tuple[int, int], ...]) -> float | None:
+    """Return Kendall's τ-b of sorted pairs of ranks; None where one side is all tied."""
+    from scipy.stats import kendalltau  # heavy
+
+    ours, theirs = [one for one, _ in ranks], [other for _, other in ranks]
+    if len(set(ours)) < 2 or len(set(theirs)) < 2:
         return None
-    table = np.array([[unit[value] for value in domain] for unit in units], float)
-
-    def statistic(keep: np.ndarray) -> float:
-        return krippendorff_alpha(table[keep], domain)
-
-    return {
-        "value": statistic(np.ones(len(units), bool)),
-        "ci95": jackknife_interval(statistic, groups),
-        "n": len(units),
-    }
-
-
-def krippendorff_alpha(table: np.ndarray, domain: Sequence[float]) -> float:
-    """Return the ordinal α of a table of counts, units × values; NaN if all values are equal."""
-    import krippendorff
-
-    used = table.sum(axis=0) > 0
-    if used.sum() < 2:
-        return float("nan")
-    values = [value for value, is_used in zip(domain, used, strict=True) if is_used]
-    return float(krippendorff.alpha(value_counts=table[:, used], value_domain=values, level_of_measurement="ordinal"))
+    return float(kendalltau(ours, theirs, method="asymptotic").statistic)
 
 
 def mean_ranks(tiers: Tiers, among: Iterable[int]) -> dict[int, float]:

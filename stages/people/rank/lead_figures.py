@@ -6,8 +6,8 @@ from typing import Any
 from stages.people.rank.figures import (
     Counts,
     agreement_by_pair,
-    alpha,
     describe,
+    kendall,
     merged,
     pairs_of,
     share,
@@ -38,8 +38,8 @@ def overview(judged: list[Judged], facts: Facts, labelers: dict[int, Labeler], w
         with_excluded: Whether rows that the lead excluded or sent back count, too.
 
     Returns:
-        {all, agreement, alpha, pairs, skips, labelers: [{id, code, name, state, decisions, figures,
-        outliers}]}.
+        {all, agreement, kendall, pairs, skips, labelers: [{id, code, name, state, decisions,
+        figures, outliers}]}.
     """
     rows = judged if with_excluded else [row for row in judged if row.counts]
     names = {labeler.id: labeler.code for labeler in labelers.values()}
@@ -67,7 +67,7 @@ def overview(judged: list[Judged], facts: Facts, labelers: dict[int, Labeler], w
     return {
         "all": describe(rows, facts),
         "agreement": share(merged(by_pair.values())),
-        "alpha": alpha(rows),
+        "kendall": kendall(rows),
         "pairs": list(pairs_of(by_pair)),
         "skips": skips_by_reason(rows),
         "labelers": people,

@@ -11,7 +11,7 @@ from stages.people.web.errors import Refused
 
 SHOWS = ("all", "pending", "accepted", "excluded", "sent_back", "skipped", "noted")
 """What the list can be narrowed to; noted: with a note of the labeler."""
-PAGE = 50
+PAGE = 20
 """Rows of one answer."""
 OPENING = 160
 """Characters of a prompt in the list."""
