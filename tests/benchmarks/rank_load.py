@@ -133,6 +133,7 @@ def look(server: Server, times: Times, end: float, every: float) -> None:
     lead.ask("GET", server.lead_url.partition(str(server.port))[2])
     while time.monotonic() + every < end:
         time.sleep(every)
+        lead.connection = None  # the server has closed it meanwhile
         times.ask(lead, "figures", "GET", "/api/lead/figures")
 
 

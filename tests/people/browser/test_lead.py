@@ -27,7 +27,7 @@ def lead(serve, visit):
         simulate(database, RULES, people, tasks(count, known=2))
         database.close()
         window = visit(server, server.lead_address, **options)
-        window.get_by_text("As of").wait_for()
+        window.get_by_text("As of").wait_for(timeout=60_000)
         window.locator(".rows > li, .rows + .fine").locator("visible=true").first.wait_for()
         return server, window
 

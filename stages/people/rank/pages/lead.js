@@ -5,6 +5,7 @@ import { makeRows, openMessage } from "./lead_rows.js";
 import { agreementSection, labelerSection, outlierSection, progressSection, skipSection, who } from "./lead_tables.js";
 import { ask, Refused } from "./net.js";
 
+const PATIENCE = 120_000; // ms: figures of many thousand rankings take a while
 const main = document.getElementById("main");
 const state = document.getElementById("state");
 const banners = document.getElementById("banners");
@@ -37,7 +38,7 @@ async function loadFigures() {
   const mine = asked;
   state.textContent = "Loading …";
   try {
-    const found = await ask("GET", `/api/lead/figures?excluded=${withExcluded.checked ? 1 : 0}`);
+    const found = await ask("GET", `/api/lead/figures?excluded=${withExcluded.checked ? 1 : 0}`, undefined, PATIENCE);
     if (mine !== asked) return;
     banners.replaceChildren();
     document.getElementById("about").textContent = `Experiment ${found.experiment}`;
