@@ -14,6 +14,7 @@ export function words(text, tag = "span") {
 }
 
 const percent = (share) => `${Math.round(100 * share)} %`;
+const decimal = (value) => (Math.round(100 * value) / 100 || 0).toFixed(2); // no -0.00
 const range = ([low, high]) => `${Math.round(100 * low)} to ${Math.round(100 * high)}`;
 const count = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
@@ -31,8 +32,8 @@ function shareCell(estimate, chance = null) {
 
 function correlationCell(estimate) {
   if (!estimate) return make("td", { class: "figure" }, make("span", { class: "soft", text: "no data" }));
-  const ends = estimate.ci95 ? estimate.ci95.map((end) => end.toFixed(2)).join(" to ") : "one task";
-  return make("td", { class: "figure" }, estimate.value.toFixed(2), make("small", { text: ends }));
+  const ends = estimate.ci95 ? estimate.ci95.map(decimal).join(" to ") : "one task";
+  return make("td", { class: "figure" }, decimal(estimate.value), make("small", { text: ends }));
 }
 
 function secondsCell(seconds) {
@@ -158,8 +159,8 @@ export function agreementSection({ agreement, kendall, pairs }) {
   }
   section.append(make("dl", { class: "tiles" },
     tile("Pairs of answers ordered alike", percent(agreement.value), `${range(agreement.ci95)} %; ${count(agreement.n, "pair", "pairs")}; 50 % would be chance`),
-    kendall ? tile("Kendall's τ-b between two labelers", kendall.value.toFixed(2),
-      `${kendall.ci95 ? `${kendall.ci95.map((end) => end.toFixed(2)).join(" to ")}; ` : ""}0 is chance, 1 full agreement; ties count`) : null));
+    kendall ? tile("Kendall's τ-b between two labelers", decimal(kendall.value),
+      `${kendall.ci95 ? `${kendall.ci95.map(decimal).join(" to ")}; ` : ""}0 is chance, 1 full agreement; ties count`) : null));
   const shown = pairs.slice(0, MOST_PAIRS).map((pair) => make("tr", {}, make("th", { scope: "row" }, words(pair.labelers.join(" and "))),
     shareCell(pair, 0.5), make("td", { text: pair.n.toLocaleString("en") }), make("td", { text: pair.clusters.toLocaleString("en") })));
   section.append(make("p", {}), tableBox("Agreement of each two labelers",
