@@ -218,17 +218,6 @@ def read_tasks(connection: sqlite3.Connection) -> dict[int, Task]:
     }
 
 
-def read_assignments(connection: sqlite3.Connection) -> list[Assignment]:
-    """Read all assignments in the order in which they were handed out."""
-    return [assignment_of(row) for row in connection.execute("SELECT * FROM assignments ORDER BY id")]
-
-
-def read_verdicts(connection: sqlite3.Connection) -> dict[int, Verdict]:
-    """Read all verdicts by the id of their assignment."""
-    rows = connection.execute("SELECT * FROM verdicts ORDER BY assignment_id")
-    return {row["assignment_id"]: verdict_of(row) for row in rows}
-
-
 def read_labelers(connection: sqlite3.Connection) -> dict[int, Labeler]:
     """Read all labelers by id."""
     return {row["id"]: labeler_of(row) for row in connection.execute("SELECT * FROM labelers ORDER BY id")}
