@@ -350,7 +350,7 @@ class TakenSettings(Section):
 
 
 class RoundSettings(Section):
-    """Say which round of collecting and retraining this experiment is; `rlhf round next` writes it."""
+    """Say which round of collecting and training this is; `rlhf round next` writes it."""
 
     number: int = setting(..., "number of the round; the experiment without this section is round 1", ge=2)
     earlier: list[str] = setting(..., "folders of the artifacts of the rounds before, the first one first")

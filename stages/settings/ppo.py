@@ -188,7 +188,7 @@ class PPOSettings(Section):
     )
     start_from: str | None = setting(
         None,
-        "folder of a policy that PPO starts from, such as the last round's; null: SFT. KL is measured to SFT either way",
+        "folder of a policy that PPO starts from, as the last round's; null: SFT. KL is measured to SFT either way",
     )
     reward_model: str | None = setting(None, "folder of a reward model to use instead of rm's")
     reward_ensemble: How = setting(

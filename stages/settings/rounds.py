@@ -1,4 +1,4 @@
-"""Declare the section `rounds`: what `rlhf round next` takes of what people gave. It is no stage."""
+"""Declare the section `rounds`: what `rlhf round next` makes a round of. It is no stage."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def artifact(base: Path, stage: str) -> Path | None:
 
 
 def measured_files(experiment: "Experiment") -> dict[str, Path]:
-    """Return the files of earlier rounds that evaluate measures, by what they are; {} in round 1."""
+    """Return the files of earlier rounds that evaluate measures, by name; none in round 1."""
     if experiment.round is None:
         return {}
     found: dict[str, Path] = {}
