@@ -5,10 +5,10 @@ not measured is left out, so an experiment of SFT and DPO without PPO has a page
 
 The room `page/` has one file for each subject. `experiment.py`, `data_table.py`,
 `settings_table.py` and `lineage.py` say what was run. `results_tables.py` and `trust.py` give the
-results as tables, `rounds.py` those of all rounds, `sentences.py` in words, `curves.py`, `gains.py` and `trust_plots.py` as plots;
-`samples.py` chooses samples, and `external.py` shows tests from outside. `drawing.py` draws the
-plots, `inline.py` fits them to the page, `report.html.j2` and `style.j2` are the page, and
-`terminal.py` prints the table that ends a run.
+results as tables, `sentences.py` in words, `curves.py`, `gains.py` and `trust_plots.py` as plots;
+`rounds.py` shows all rounds, `samples.py` chooses samples, and `external.py` shows tests from
+outside. `drawing.py` draws the plots, `inline.py` fits them to the page, `report.html.j2` and
+`style.j2` are the page, and `terminal.py` prints the table that ends a run.
 """
 
 import json

@@ -39,10 +39,11 @@ def next_text(text: str, values: Mapping[str, Any], changes: Changes, comments: 
         UserError: A value cannot be written in the YAML that configs are read in.
     """
     meant = changed_values(values, changes)
-    edited = edited_text(text, changes, meant, comments)
+    edited = edited_text(text, differing(parse_tree(text, "round").values, values, changes), meant, comments)
     if says(edited, meant):
         return edited
-    whole = edited_text("", meant, meant, comments)
+    sections = {key: Some(value) if isinstance(value, dict) else value for key, value in meant.items()}
+    whole = edited_text("", sections, meant, comments)
     if says(whole, meant):
         return whole
     raise UserError("rounds: the config of the next round cannot be written; leave out unusual texts, and quote others")
@@ -63,6 +64,27 @@ def changed_values(values: Mapping[str, Any], changes: Changes) -> dict[str, Any
                     own[key] = item
             if own or section in result:
                 result[section] = own
+        else:
+            result[section] = value
+    return result
+
+
+def differing(written: Mapping[str, Any], values: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return changes together with what the command line set on top of the file.
+
+    Args:
+        written: What the file says.
+        values: The same with the settings of the command line.
+        changes: What changes after those.
+    """
+    result = dict(changes)
+    for section, value in values.items():
+        own, change = written.get(section), changes.get(section, Some())
+        if value == own or not isinstance(change, Some):
+            continue
+        if isinstance(value, dict):
+            set_there = {key: item for key, item in value.items() if item != (own or {}).get(key)}
+            result[section] = Some(set_there | change)
         else:
             result[section] = value
     return result
