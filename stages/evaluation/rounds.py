@@ -406,7 +406,9 @@ def gain(now: Scored | None, before: Scored | None) -> dict[str, Any] | None:
         return None
     ours, theirs = ([sum(row) / len(row) for row in scored.values] for scored in (now, before))
     found = difference_estimate(ours, theirs, list(now.clusters))
-    return {"value": found["value"], "ci95": found["ci95"]}
+    ci95 = found["ci95"]
+    is_point = ci95 is None or ci95[0] == ci95[1]  # equal differences show no spread
+    return {"value": found["value"], "ci95": None if is_point else ci95}
 
 
 def results_of(place: RoundFolders) -> dict[str, Any]:
