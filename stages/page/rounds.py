@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.page.numbers import NONE, fixed, interval, number, percent
-from stages.page.plot import Curves, Dots, Label, Line, Mark, Plot, RowMark, Rows, Spans
+from stages.page.plot import Curves, Dots, Line, Mark, Plot, RowMark, Rows, Spans
 from stages.page.table import Cell, Table, dense, estimate_cell, share_cell, value_cell
 
 Rounds = dict[str, Any]
@@ -118,7 +118,6 @@ def score_plot(rounds: Rounds) -> list[Plot]:
     spans = [(x, *estimate["ci95"]) for x, estimate, _ in points if estimate["ci95"]]
     tips = [f"{name}: {fixed(estimate['value'], 3)}" for _, estimate, name in points]
     marks: list[Mark] = [Line(line, "ppo"), Spans(spans, "ppo"), Dots(line, "ppo", 9, tips)]
-    marks += [Label(x, float(estimate["value"]), name, "ppo") for x, estimate, name in points]
     caption = (
         f"Each round's policy on the same evaluation prompts, scored by {judge_of(rounds)}, with 95 % intervals; 0 is "
         f"the SFT of round 1."
@@ -128,22 +127,26 @@ def score_plot(rounds: Rounds) -> list[Plot]:
 
 
 def accuracy_plot(rounds: Rounds) -> list[Plot]:
-    """Return a row for each round's labels with a mark for each reward model; or no plot."""
-    by_labels: dict[int, list[RowMark]] = {}
+    """Return a row for each reward model on each round's labels; or no plot."""
+    rows = []
     last = rounds["rounds"][-1]["round"]
-    for row in rounds["accuracy"]:
-        text = f"round {row['reward_model']}: {fixed(row['accuracy'], 3)}"
+    for row in sorted(rounds["accuracy"], key=order_of_rows):
         tone = "rm" if row["reward_model"] == last else "base"
-        by_labels.setdefault(row["labels"], []).append(RowMark(row["accuracy"], tone, text, row["ci95"]))
-    if not by_labels:
+        name = f"labels {row['labels']}, reward model {row['reward_model']}"
+        rows.append((name, [RowMark(row["accuracy"], tone, fixed(row["accuracy"], 3), row["ci95"])]))
+    if not rows:
         return []
-    rows = [(f"labels of round {labels}", marks) for labels, marks in sorted(by_labels.items())]
     caption = (
         "Share of held-out pairs that each round's reward model orders as people did. If an old one falls towards "
         "one half on newer labels, it no longer ranks what the newer policy answers."
     )
     drawing = Rows(rows, "correct pairs", reference=0.5)
     return [Plot("rounds-accuracy", "Does an old reward model still rank?", caption, drawing, size="large")]
+
+
+def order_of_rows(row: dict[str, Any]) -> tuple[int, int]:
+    """Return what rows of the accuracy are sorted by: the labels, then the reward model."""
+    return row["labels"], row["reward_model"]
 
 
 def line(rounds: Rounds | None) -> str:
