@@ -8,7 +8,26 @@ import yaml
 from data.records import prompt_key, write_jsonl
 from pipeline import api
 from stages.people.rank import snapshots
+from stages.people.rounds import command
 from stages.people.rounds.old import stays
+from tests.people.rounds.talking import Round, read_manifest
+
+
+@pytest.fixture
+def talk(tmp_path, monkeypatch, capsys):
+    """Return an experiment whose round is finished; its manifests are not checked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    made = Round(tmp_path)
+    made.capture = capsys
+
+    def finished(experiment, store):
+        store.manifest = lambda stage: read_manifest(store.folder(stage))
+        return "ppo"
+
+    made.really_finished = command.finished_policy
+    monkeypatch.setattr(command, "finished_policy", finished)
+    return made
 
 
 def config(talk, name="talk-r2"):

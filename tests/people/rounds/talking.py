@@ -1,10 +1,8 @@
-"""Give tests of rounds an experiment whose first round is finished, as far as files show it."""
+"""Make an experiment whose first round is finished, as far as files show it."""
 
 import json
 import time
 from pathlib import Path
-
-import pytest
 
 from data.records import Ranking, write_jsonl
 from pipeline import api, cli
@@ -12,7 +10,6 @@ from stages.people.playground import collect
 from stages.people.playground.engine import Options, Reply
 from stages.people.rank.imports import add_verdict
 from stages.people.rank.tasks import Given, NewTask, add_task
-from stages.people.rounds import command
 from stages.people.store.database import open_database
 from stages.people.store.rows import read_tasks
 
@@ -115,23 +112,6 @@ class Round:
 def ranking(number):
     """Return a ranking of an old prompt."""
     return {"id": f"r{number}", "prompt": f"prompt {number}", "responses": ["a", "b"], "ranks": [1, 2]}
-
-
-@pytest.fixture
-def talk(tmp_path, monkeypatch, capsys):
-    """Return an experiment whose round is finished; its manifests are not checked."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "140")
-    made = Round(tmp_path)
-    made.capture = capsys
-
-    def finished(experiment, store):
-        store.manifest = lambda stage: read_manifest(store.folder(stage))
-        return "ppo"
-
-    made.really_finished = command.finished_policy
-    monkeypatch.setattr(command, "finished_policy", finished)
-    return made
 
 
 def read_manifest(folder: Path):
