@@ -129,12 +129,12 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     names = reward_models(ctx.experiment, has_judge=len(data.judge) > 0)
     plan = [judge_steps(steps, data) if name == JUDGE else steps for name in names]
     session.say(plan_line(data, plan, names))
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
         # 1 the policy's trunk, a new scalar head
-        make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
+        make = partial(make_model, source, runtime, adapter_settings(provenance.model), member_seed(ctx.seed, k))
         model = place_model(make, runtime, config.max_length)
         trainee = trainee_of(config, model, plan[k], config.head_learning_rate)
         if k == 0:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
@@ -63,6 +64,7 @@ class RMSettings(PreferenceTraining):
         "(rankings.judge_fraction). null: only if people ranked (data.rankings) and no rankings were kept for a judge",
     )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
+    peft: StagePeft = peft_setting()
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -80,7 +82,7 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = over_context(experiment, "rm"), experiment.rm
+    lines, settings = over_context(experiment, "rm") + stage_problems(experiment, "rm"), experiment.rm
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
@@ -89,8 +91,8 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "rm")
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    return missing_package(experiment, "rm") + over_folder_context(experiment, "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:

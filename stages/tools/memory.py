@@ -20,6 +20,7 @@ from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.rollouts.frozen import CHECKED_AT_A_TIME
+from stages.settings.peft import model_of
 from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
@@ -64,9 +65,9 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
-    adapter = adapter_settings(m)
 
-    def take(steps: list[Step], adapter: AdapterSettings = adapter) -> Sizes:
+    def take(steps: list[Step], stage: str) -> Sizes:
+        adapter = AdapterSettings() if stage == "base" else adapter_settings(model_of(experiment, stage))
         return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
 
     head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
@@ -74,7 +75,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         c = getattr(experiment, stage)
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
-        sizes = take([step], AdapterSettings() if stage == "base" else adapter)
+        sizes = take([step], stage)
         trains = sizes.trains["policy"]
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
@@ -92,7 +93,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
             yield of_ppo(experiment, config, take, dtype, device)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
-        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))])
+        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))], stage)
         others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
@@ -108,7 +109,7 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     Args:
         experiment: The validated experiment.
         config: transformers' configuration of the model.
-        take: Takes a step, as `take_step` with all but its steps given.
+        take: Takes a step of a stage, as `take_step` with all but its steps given.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
     """
@@ -124,7 +125,7 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
         rows = -(-round(c.ptx_ratio * c.mini_batch_size) // ranks)
         some = min(rows, c.per_device_train_batch_size)
         steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
-    sizes = take(steps)
+    sizes = take(steps, "ppo")
     policy = sizes.trains["policy"]
     # without a value model, a reward model is taken to be as large as the policy
     like = "value_model" if has_value_model(c) else "policy"
