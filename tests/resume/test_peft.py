@@ -29,6 +29,10 @@ CHANGES = {
     "bitfit": r"\.bias$",
     "qlora, bits: 4": ANY_LINEAR,
     "qlora, bits: 8": ANY_LINEAR,
+    "lora, use_rslora: true, target_modules: '.*[qv]_proj'": r"[qv]_proj\.weight$",
+    "lora, init_lora_weights: pissa": ANY_LINEAR,
+    "lora, init_lora_weights: olora, exclude_modules: [k_proj]": r"(?<!k)_proj\.weight$",
+    "lora, modules_to_save: [norm, embed_tokens]": r"_proj\.weight$|model\.norm\.weight$|embed_tokens\.weight$",
 }
 RANK = 4
 
@@ -123,9 +127,10 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
         assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit")
-        if method == "lora" or bits_of(method):
+        if method.startswith("lora") or bits_of(method):
             linear = [n for n in changed if re.search(ANY_LINEAR, n)]
-            found = [learned(before[n], after[n], bits_of(method)) for n in linear]
+            rank = 2 * RANK if "init_" in method else RANK
+            found = [learned(before[n], after[n], rank, bits_of(method)) for n in linear]
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
@@ -137,15 +142,15 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert published(root / "micro" / stage) == published(chain / "micro" / stage)
 
 
-def learned(before, after, bits):
+def learned(before, after, rank, bits):
     """Measure what a stage added to a weight.
 
     Returns:
-        Its largest singular value, and the first one beyond the adapter's rank.
+        Its largest singular value, and the first one beyond the rank.
     """
     if bits is not None:
         layer = torch.nn.Linear(before.shape[1], before.shape[0], bias=False)
         layer.weight.data = before
         before = Quantized(layer, bits).dequantized()
     values = torch.linalg.svdvals(after.double() - before.double())
-    return values[0], values[RANK]
+    return values[0], values[rank]
