@@ -395,8 +395,9 @@ def save_adapter(model: nn.Module, folder: Path, base: tuple[str, str | None] = 
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = ""  # otherwise peft would look there for the vocabulary, even on the Hub
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)  # a set has no stable order
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))  # a set has no stable order
     model.save_pretrained(folder / FOLDER)
     write_as_lora(model, folder / FOLDER)
     name, revision = base
