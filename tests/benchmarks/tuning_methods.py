@@ -193,9 +193,10 @@ def line_of(args: Namespace, stop: StopFlag, trial: Trial) -> dict:
         if row["key"] == wanted and "refused" not in row:
             return row
     common, name = f"{args.name}-seed{trial.seed}", f"{args.name}-{trial.kind}-{trial.method}-{trial.stage}"
-    needed = ["base"] if trial.stage == "sft" else ["base", "sft", "rankings"]
-    for stage in needed[:1] if trial.stage == "sft" else needed[1:]:
+    for stage in ("base",) if trial.stage == "sft" else ("sft", "rankings"):
         rlhf(args, stop, stage, common, [f"seed={trial.seed}"])
+    needed = ["world", "base"] if trial.stage == "sft" else ["world", "base", "sft", "rankings"]
+    needed = [stage for stage in needed if (Path(args.artifacts) / common / stage / "manifest.json").is_file()]
     stage, peft = trial.stage, METHODS[trial.method][1]
     options = [f"seed={trial.seed}", f"{stage}.peft={peft}", f"{stage}.learning_rate={trial.rate:g}"]
     options += [f"{stage}.max_steps={trial.steps}", f"{stage}.eval_steps={trial.steps}", f"{stage}.keep=last"]
@@ -215,7 +216,7 @@ def line_of(args: Namespace, stop: StopFlag, trial: Trial) -> dict:
     if refusal:
         line |= {"refused": refusal}
     else:
-        source = ArtifactStore(args.artifacts, common).folder(needed[-1] if stage == "sft" else "sft") / "model"
+        source = ArtifactStore(args.artifacts, common).folder("base" if stage == "sft" else "sft") / "model"
         line |= measured(ArtifactStore(args.artifacts, name), stage)
         line["trained"] = count(args, source, stage, [f"name={name}", *options])
     save_rows(args.results / RESULTS, [line], _key)
