@@ -1,12 +1,12 @@
 """Merge an adapter that somebody has trained elsewhere into the model that it was trained on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pipeline.config.sections import is_hub_id
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted
 
@@ -36,7 +36,7 @@ def merge_given(model: nn.Module, folder: Path, name: str) -> tuple[nn.Module, s
     recorded = read_config(folder)
     base = recorded.get("base_model_name_or_path") or ""
     check_kind(recorded, folder)
-    if is_hub_id(name) and is_hub_id(base) and name.lower() != base.lower():
+    if on_the_hub(name) and on_the_hub(base) and name.lower() != base.lower():
         raise UserError(
             f"{PLACE}: {folder} was trained on {base}, and model.name_or_path is {name}; name that model, or correct "
             f"base_model_name_or_path in its adapter_config.json if both are the same weights"
@@ -64,6 +64,11 @@ def merge_given(model: nn.Module, folder: Path, name: str) -> tuple[nn.Module, s
     if base and base != name:
         line += f"; it names {base} as its base, and its weights fit"
     return merged, line
+
+
+def on_the_hub(name: str) -> bool:
+    """Return whether a model's name reads like a Hub id, and is no folder here."""
+    return re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
