@@ -1,7 +1,7 @@
 """Let a stage change the section model.peft for itself: `ppo.peft: {r: 8}`, or `rm.peft: full`."""
 
 import copy
-from importlib.util import find_spec
+from importlib import util
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import create_model
@@ -98,4 +98,4 @@ def missing_package(experiment: "Experiment", stage: str) -> list[str]:
         stage: One of TRAINING.
     """
     peft = peft_of(experiment, stage)
-    return [MISSING] if peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None else []
+    return [MISSING] if peft is not None and peft.method == "qlora" and util.find_spec("bitsandbytes") is None else []

@@ -8,6 +8,7 @@ CPU the libraries themselves (about half a GB).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         yield of_rankings(experiment, config, passes, dtype)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
-            yield of_ppo(experiment, config, take, dtype, device)
+            yield of_ppo(experiment, config, partial(take, stage="ppo"), dtype, device)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
         sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))], stage)
@@ -109,7 +110,7 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     Args:
         experiment: The validated experiment.
         config: transformers' configuration of the model.
-        take: Takes a step of a stage, as `take_step` with all but its steps given.
+        take: Takes a step, as `take_step` with all but its steps given.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
     """
@@ -125,7 +126,7 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
         rows = -(-round(c.ptx_ratio * c.mini_batch_size) // ranks)
         some = min(rows, c.per_device_train_batch_size)
         steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
-    sizes = take(steps, "ppo")
+    sizes = take(steps)
     policy = sizes.trains["policy"]
     # without a value model, a reward model is taken to be as large as the policy
     like = "value_model" if has_value_model(c) else "policy"

@@ -173,7 +173,7 @@ def test_each_stage_with_an_adapter_of_its_own(tmp_path):
 
 
 def test_an_adapter_from_elsewhere_is_in_the_base(oracle, tmp_path):
-    """base merges it; other weights in the folder make base stale; sft's adapter is on the result."""
+    """base merges it; other weights in the folder make it stale; sft's adapter is on the result."""
     given, source = tmp_path / "given", oracle / "micro" / "base" / "model"
     save_given(given, source, seed=1)
     options = (f"model.name_or_path={source}", f"model.adapter={given}", "model.peft={r: 4}", "sft.learning_rate=1e-2")
