@@ -110,7 +110,7 @@ def role_folders(
     """Return where the models of a run are.
 
     Args:
-        start: Folder of the model that policy and reference start as.
+        start: Folder of the reference, and of the policy unless ppo.start_from names another.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
         trust_remote_code: Whether code that the models bring may run.
@@ -139,11 +139,12 @@ def role_folders(
         judge = RewardFolder("held_out", named, others=tuple(others_of(path)))
     is_own = bool(reward_models) and reward_models[0].folder.key == "rm"
     return RoleFolders(
-        policy=start,
+        policy=start if c.start_from is None else Path(c.start_from).expanduser(),
         reward_models=tuple(reward_models),
         judge=judge,
         has_value_model=has_value_model(c),
         value_continues=not is_own or adapters[0] == adapters[1],
+        reference=start,
     )
 
 
