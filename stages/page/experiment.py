@@ -83,14 +83,20 @@ def number_of(recorded: dict[str, Any]) -> int:
 def adapter(manifests: dict[str, Manifest]) -> str:
     """Say which weights are trained: all of them, or those of an adapter."""
     adapters = [peft for _, manifest in ordered(manifests) if (peft := section(manifest, "model").get("peft"))]
-    if not adapters:
-        return "all weights, no adapter"
-    peft = adapters[0]
-    if peft.get("method") in ("prompt_tuning", "p_tuning"):
-        length = peft.get("num_virtual_tokens") or 20
-        return f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
-    parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
-    return f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+    others = {stage: peft for stage, manifest in ordered(manifests) if (peft := section(manifest, stage).get("peft"))}
+    text = "all weights, no adapter"
+    if adapters:
+        peft = adapters[0]
+        parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
+        text = f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+        if peft.get("method") in ("prompt_tuning", "p_tuning"):
+            length = peft.get("num_virtual_tokens") or 20
+            text = f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
+    for stage, peft in others.items():
+        keys = peft.items() if isinstance(peft, dict) else ()
+        parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]
+        text += f"; {stage}: {', '.join(parts) or 'all weights'}"
+    return text
 
 
 def hardware(manifests: dict[str, Manifest]) -> list[str]:
