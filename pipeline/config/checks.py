@@ -29,11 +29,12 @@ PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@|[?&](write_)?(token|key)=")
 
 # Adapter methods that no stage can train, and why.
 IN_FRONT = (
-    "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
-    "weights that plain transformers can load"
+    "learns keys and values that are put before those of each layer; they cannot be merged into the weights, and every "
+    "stage publishes weights that plain transformers can load"
 )
-REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+REFUSED_METHODS = {"prefix_tuning": IN_FRONT}
 
+SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
@@ -45,6 +46,11 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "modules_to_save": (*LOW_RANK, "ia3"),
     "use_rslora": ("lora", "dora", "qlora"),
     "init_lora_weights": ("lora", "qlora"),
+    "num_virtual_tokens": SOFT,
+    "prompt_tuning_init": SOFT,
+    "prompt_tuning_init_text": SOFT,
+    "encoder_reparameterization_type": ("p_tuning",),
+    "encoder_hidden_size": ("p_tuning",),
 }
 
 Problem = tuple[tuple, str]
@@ -224,7 +230,8 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
     method, problems = peft.method, []
     if method in REFUSED_METHODS:
         problems.append(
-            f"{place}.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit or qlora"
+            f"{place}.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit, qlora, "
+            f"prompt_tuning or p_tuning"
         )
     for key, methods in OF_METHODS.items():
         value = getattr(peft, key)
@@ -237,7 +244,7 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
         problems.append(
             f"{place}.init_r: {peft.init_r} is lower than r {peft.r}, the rank that adalora prunes to; raise it"
         )
-    return problems + layer_problems(peft, place)
+    return problems + layer_problems(peft, place) + soft_prompt_problems(peft, place)
 
 
 def layer_problems(peft: PeftSettings, place: str) -> list[str]:
@@ -262,6 +269,17 @@ def layer_problems(peft: PeftSettings, place: str) -> list[str]:
             f"{place}.layers_to_transform: has no effect beside an expression in target_modules; let the expression "
             f"name the layers, or list names there"
         )
+    return problems
+
+
+def soft_prompt_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line where a soft prompt's start and its text do not fit; arguments as above."""
+    problems = []
+    text, init = peft.prompt_tuning_init_text, peft.prompt_tuning_init
+    if init == "text" and text is None:
+        problems.append(f"{place}.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
+    elif init not in (None, "text") and text is not None:
+        problems.append(f"{place}.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
     return problems
 
 

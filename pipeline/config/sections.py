@@ -38,7 +38,8 @@ class PeftSettings(Section):
     ] = setting(
         "lora",
         "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases) "
-        "or qlora (lora on a quantized base model); the other three are refused with the reason",
+        "or qlora (lora on a quantized base model); prompt_tuning and p_tuning train input vectors that the chat "
+        "template begins with; prefix_tuning is refused with the reason",
     )
     r: int = setting(
         16, "rank of the adapter matrices (lora, dora, qlora; for adalora the final rank, on average)", ge=1
@@ -62,6 +63,21 @@ class PeftSettings(Section):
         "null: 4",
         "bits",
     )
+    num_virtual_tokens: int | None = setting(
+        None, "length of the soft prompt of prompt_tuning and p_tuning; null: 20", "tokens", ge=1
+    )
+    prompt_tuning_init: Literal["text", "sample_vocab", "random"] | None = setting(
+        None,
+        "what the soft prompt starts as: the embeddings of a text, of tokens drawn from the vocabulary, or random "
+        "vectors of their spread; null: text if one is given, otherwise sample_vocab",
+    )
+    prompt_tuning_init_text: str | None = setting(
+        None, "text that the soft prompt starts as, repeated or cut to its length"
+    )
+    encoder_reparameterization_type: Literal["mlp", "lstm"] | None = setting(
+        None, "network whose output p_tuning adds to the soft prompt while it trains; null: mlp"
+    )
+    encoder_hidden_size: int | None = setting(None, "width of that network; null: the width of the model", ge=1)
     exclude_modules: str | list[str] | None = setting(
         None, "layers that get no adapter although target_modules names them, in the same notation"
     )

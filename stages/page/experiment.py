@@ -89,6 +89,9 @@ def adapter(manifests: dict[str, Manifest]) -> str:
         peft = adapters[0]
         parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
         text = f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+        if peft.get("method") in ("prompt_tuning", "p_tuning"):
+            length = peft.get("num_virtual_tokens") or 20
+            text = f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
     for stage, peft in others.items():
         keys = peft.items() if isinstance(peft, dict) else ()
         parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]

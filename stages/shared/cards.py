@@ -15,6 +15,7 @@ from pipeline.config.sections import is_hub_id
 from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
+from stages.shared.runtime import soft_prompt_settings
 from stages.shared.source_words import parts_of, reading_words, recorded_rows, short_name
 
 ANSWER = """\
@@ -65,6 +66,14 @@ is `{base}`{where}.
 RELATIVE = """: a path from the folder `adapter/`, valid as long as the experiment's folder is moved as a whole.
 peft resolves it from the working folder, so change into `adapter/` and load `"."`, or give the base yourself:
 `PeftModel.from_pretrained({kind}.from_pretrained(BASE{more}), "adapter")`"""
+SOFT_PROMPT = """\
+## Soft prompt
+
+The chat template begins with {count} tokens, `<|soft_prompt_0|>` and so on, whose embeddings were trained; all other
+weights of the language model are the base model's. They are read and never answered: `generate` leaves them out
+(`suppress_tokens` of `generation_config.json`). Other programs have to be told their ids, `soft_prompt_ids` of
+`config.json`, for example in vLLM as a `logit_bias` of -100 each.
+"""
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
@@ -123,6 +132,7 @@ def card_text(provenance: Provenance, card: ModelCard) -> str:
         f"`manifest.json` beside it records settings, inputs and digests.\n",
         use_of(card.use, card.own_head).lstrip("\n"),
         adapter_lines(card.adapter, is_scalar).lstrip("\n"),
+        soft_prompt_lines(provenance),
         origin_lines(provenance, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
@@ -154,6 +164,12 @@ def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> st
     else:
         where = f" at the commit `{revision}`" if revision else ": a path from the folder where `rlhf` ran"
     return ADAPTER.format(auto=f"AutoPeftModelFor{task}", base=base, more=more, where=where)
+
+
+def soft_prompt_lines(provenance: Provenance) -> str:
+    """Return the lines about the tokens of a soft prompt; "" without one."""
+    soft_prompt = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
+    return "" if soft_prompt is None else SOFT_PROMPT.format(count=soft_prompt.count)
 
 
 # -- origin --------------------------------------------------------------------------------------

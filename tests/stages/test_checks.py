@@ -143,7 +143,27 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
             "model.peft.init_r: 8 is lower than r 16, the rank that ",
         ),
         (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards each weight by "),
-        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that are put before a prompt; "),
+        (("model.peft.method=prefix_tuning",), "model.peft.method: prefix_tuning learns keys and values that are put "),
+        (
+            ("model.peft.num_virtual_tokens=8",),
+            "model.peft.num_virtual_tokens: 8 has no effect with method lora; use prompt_tuning or p_tuning, or leave ",
+        ),
+        (
+            ("model.peft.method=prompt_tuning", "model.peft.encoder_hidden_size=8"),
+            "model.peft.encoder_hidden_size: 8 has no effect with method prompt_tuning; use p_tuning, or leave it out",
+        ),
+        (
+            ("model.peft.method=p_tuning", "model.peft.prompt_tuning_init=text"),
+            "model.peft.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text",
+        ),
+        (
+            (
+                "model.peft.method=p_tuning",
+                "model.peft.prompt_tuning_init=random",
+                "model.peft.prompt_tuning_init_text=Answer",
+            ),
+            "model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init random; use text",
+        ),
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
     ],
 )
