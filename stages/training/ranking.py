@@ -41,6 +41,25 @@ class RankingModel:
         with self.runtime.accelerator.autocast():
             return batch, response_scores(self.model, batch.rows)
 
+    def loss(
+        self, config: RMSettings, groups: Sequence[PromptGroup], batch: GroupBatch, scores: Tensor, prompts: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+
+        Args:
+            config: The stage's settings.
+            groups: The micro-batch.
+            batch: The same as tensors.
+            scores: Score of each response, (N,).
+            prompts: Prompts of the batch.
+
+        Returns:
+            The loss, and figures of ties to sum over the batch; none where ties are left out.
+        """
+        if self.ties is None:
+            return loss_of(config, batch, scores, prompts), {}
+        return self.ties.loss(groups, scores, prompts, by_choices=config.ranking_weight == "choices")
+
     def scorer(self, batch_size: int) -> RewardModelScorer:
         """Return what scores responses by this model, as PPO and evaluate do.
 
@@ -72,7 +91,7 @@ def ranking_task(
     def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         members = [groups[i] for i in rows]
         batch, scores = ranker.scores(members)
-        value, figures = loss_of(config, ranker.ties, members, batch, scores, len(whole))
+        value, figures = ranker.loss(config, members, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         weight = sum(paired[i] for i in rows) / max(1, sum(paired[i] for i in whole))
         return value, {
@@ -112,34 +131,24 @@ def batches_of(config: RMSettings, ranker: RankingModel, groups: Sequence[Prompt
     )
 
 
-def loss_of(
-    c: RMSettings, ties: TieModel | None, groups: Sequence[PromptGroup], batch: GroupBatch, scores: Tensor, prompts: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
+    """Compute the loss of a micro-batch without ties, divided by the prompts of the whole batch.
 
     Args:
         c: The stage's settings.
-        ties: The loss that counts ties, if there is one.
-        groups: The micro-batch.
-        batch: The same as tensors: pairs, choices and their weights.
+        batch: The micro-batch: pairs, choices and their weights.
         scores: Score of each response, (N,).
         prompts: Prompts of the batch.
-
-    Returns:
-        The loss, and figures of ties to sum over the batch.
     """
-    if ties is not None:
-        return ties.loss(groups, scores, prompts, by_choices=c.ranking_weight == "choices")
     pair_weights, choice_weights = batch.pair_weights, batch.choice_weights
     if c.ranking_weight == "choices":
         # a choice weighs 1 / (K − 1) of its ranking, so this makes every choice weigh 1
         pair_weights = pair_weights / choice_weights[batch.choice]
         choice_weights = torch.ones_like(choice_weights)
     if c.loss_type == "plackett_luce":
-        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, choice_weights, prompts), {}
+        return plackett_luce_loss(scores, batch.winners, batch.losers, batch.choice, choice_weights, prompts)
     margins = c.margin_coef * batch.pair_margins
-    pairs = (batch.winners, batch.losers, pair_weights)
-    return ranking_loss(scores, *pairs, prompts, margins, c.label_smoothing), {}
+    return ranking_loss(scores, batch.winners, batch.losers, pair_weights, prompts, margins, c.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def evaluate(
         members = [held[i] for i in rows]
         batch, scores = ranker.scores(members)
         margins = (scores[batch.winners] - scores[batch.losers]).tolist()
-        value, figures = loss_of(config, ranker.ties, members, batch, scores, len(held))
+        value, figures = ranker.loss(config, members, batch, scores, len(held))
         return margins, value.item(), figures
 
     def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float, dict[str, float]]]:
