@@ -37,15 +37,24 @@ def test_davidsons_model_is_found_again():
     verdicts = np.where(drawn < np.exp(half) / total, 1, np.where(drawn < (np.exp(half) + 1.5) / total, 0, -1))
     factor, strength = ties.fit_davidson(gaps, verdicts)
     assert factor == pytest.approx(3, rel=0.03) and strength == pytest.approx(1.5, rel=0.03)
-    log_loss, error = ties.calibration(factor * gaps, verdicts, strength)
-    assert error < 0.01 and log_loss < ties.calibration(gaps, verdicts, strength)[0]
-    assert ties.calibration(factor * gaps, verdicts, 5 * strength)[1] > 0.1
+    log_loss, error = ties.calibration(ties.outcomes(factor * gaps, strength), verdicts)
+    assert error < 0.01 and log_loss < ties.calibration(ties.outcomes(gaps, strength), verdicts)[0]
+    assert ties.calibration(ties.outcomes(factor * gaps, 5 * strength), verdicts)[1] > 0.1
 
 
 def test_log_loss_by_hand():
-    log_loss, error = ties.calibration(np.zeros(4), np.array([1, 0, 0, -1]), 1.0)
+    log_loss, error = ties.calibration(ties.outcomes(np.zeros(4), 1.0), np.array([1, 0, 0, -1]))
     assert log_loss == pytest.approx(math.log(3))
     assert error == pytest.approx((2 * (1 / 3) + 2 * (2 / 3)) / 4)  # each pair is a part of its own
+
+
+def test_each_half_is_fitted_on_the_other():
+    """Pairs of one half are all tied, those of the other never: each is taken for the other."""
+    rows = [{"prompt": str(i), "responses": ["a", "b"], "finished": [True, True], "ranks": [1, 1 + i % 2]}
+            for i in range(40)]  # fmt: skip
+    found, verdicts = ties.fitted_on_the_other_half(rows, [[0.0, 1.0]] * 20 + [[1.0, 0.0]] * 20)
+    assert verdicts.tolist() == [0] * 20 + [1] * 20
+    assert found[:20, 1].max() < 0.01 and found[20:, 1].min() > 0.99
 
 
 @pytest.mark.slow

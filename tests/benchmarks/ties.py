@@ -15,8 +15,8 @@ Held-out prompts have requests that training has not. On all pairs of their six 
   tie error     |expected − observed| share of ties, a mean over tenths of the pairs, sorted by
                 the expected share
 Both of the last come from Davidson's model of the scores. Its ν, and a factor on the scores, are
-fitted on the training pairs for every reward model alike, so that a loss without ν can be compared;
-`own ν` is the one that davidson has learnt.
+fitted on one half of the held-out prompts for the other half, for every reward model alike, so that
+a loss without ν can be compared; `own ν` is the one that a loss has learnt, without any fit.
 
 Seeds are the unit: intervals are Student's t over seeds, differences are paired. Lines are kept in
 results/ties.jsonl, artifacts in NAME-ties-seed3 and so on. Run it again to resume after an
@@ -233,18 +233,17 @@ def line(
         seed: Its seed.
         responses: Responses of a training ranking.
         loss: Its loss.
-        train: The coarse rankings that it learnt from.
+        train: The coarse rankings of training.
         held: Coarse rankings of held-out prompts.
         world: The embedded world.
     """
     manifest = store.manifest("rm")
-    scores = scores_of(store, [*train, *held])
-    seen, unseen = scores[: len(train)], scores[len(train) :]
-    gaps, verdicts = pairs_of(train, seen)
-    factor, strength = fit_davidson(gaps, verdicts)
-    held_gaps, held_verdicts = pairs_of(held, unseen)
-    log_loss, tie_error = calibration(factor * held_gaps, held_verdicts, strength)
+    scores = scores_of(store, held)
+    found, verdicts = fitted_on_the_other_half(held, scores)
+    log_loss, tie_error = calibration(found, verdicts)
     own = manifest["metrics"].get("tie_strengths")
+    gaps, said = pairs_of(held, scores)
+    own_log_loss, own_tie_error = calibration(outcomes(gaps, own[0]), said) if own else (None, None)
     return {
         "bench": "ties",
         "experiment": args.name,
@@ -254,15 +253,14 @@ def line(
         "grade": args.grade,
         "rankings": len(train),
         "steps": manifest["metrics"]["steps"],
-        "ties": float(np.mean(verdicts == 0)),
-        "held_out_ties": float(np.mean(held_verdicts == 0)),
-        "gold_order": gold_order(held, unseen, world),
+        "ties": share_of_ties(train),
+        "held_out_ties": share_of_ties(held),
+        "gold_order": gold_order(held, scores, world),
         "log_loss": log_loss,
         "tie_error": tie_error,
-        "strength": strength,
-        "factor": factor,
         "own_strengths": own,
-        "own_log_loss": own and calibration(held_gaps, held_verdicts, own[0])[0],
+        "own_log_loss": own_log_loss,
+        "own_tie_error": own_tie_error,
         **provenance(manifest),
     }
 
@@ -342,20 +340,42 @@ def fit_davidson(gaps: np.ndarray, verdicts: np.ndarray) -> tuple[float, float]:
     return float(np.exp(best[0])), float(np.exp(best[1]))
 
 
-def calibration(gaps: np.ndarray, verdicts: np.ndarray, strength: float) -> tuple[float, float]:
+def fitted_on_the_other_half(rows: list[dict], scores: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return Davidson's probabilities of all pairs, as of `outcomes`, and the verdicts.
+
+    Those of every second prompt are fitted on the other prompts.
+    """
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    half_of = {prompt: i % 2 for i, prompt in enumerate(prompts)}
+    halves = []
+    for half in (0, 1):
+        own = [(row, x) for row, x in zip(rows, scores, strict=True) if half_of[row["prompt"]] == half]
+        halves.append(pairs_of([row for row, _ in own], [x for _, x in own]))
+    found = []
+    for (gaps, _), other in zip(halves, reversed(halves), strict=True):
+        factor, strength = fit_davidson(*other)
+        found.append(outcomes(factor * gaps, strength))
+    return np.concatenate(found), np.concatenate([verdicts for _, verdicts in halves])
+
+
+def share_of_ties(rows: list[dict]) -> float:
+    """Return the share of pairs of different responses that are tied."""
+    _, verdicts = pairs_of(rows, [[0.0] * len(row["responses"]) for row in rows])
+    return float(np.mean(verdicts == 0))
+
+
+def calibration(found: np.ndarray, verdicts: np.ndarray) -> tuple[float, float]:
     """Return the log loss a pair, and how far expected shares of ties are from those observed.
 
     Args:
-        gaps: Score differences, (P,).
+        found: Probabilities, as of `outcomes`, (P, 3).
         verdicts: As of `pairs_of`, (P,).
-        strength: ν.
     """
-    found = outcomes(gaps, strength)
-    log_loss = float(-np.log(found[np.arange(len(gaps)), verdicts + 1]).mean())
+    log_loss = float(-np.log(found[np.arange(len(verdicts)), verdicts + 1]).mean())
     order = np.argsort(found[:, 1], kind="stable")
     parts = [part for part in np.array_split(order, TENTHS) if len(part)]
     errors = [abs(found[part, 1].mean() - np.mean(verdicts[part] == 0)) * len(part) for part in parts]
-    return log_loss, float(sum(errors) / len(gaps))
+    return log_loss, float(sum(errors) / len(verdicts))
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -363,20 +383,22 @@ def table(rows: Sequence[dict]) -> str:
     by_loss: dict[str, list[dict]] = {}
     for row in rows:
         by_loss.setdefault(row["loss"], []).append(row)
-    headings = ["loss", *FIGURES.values(), "own ν, log loss with it"]
+    headings = ["loss", *FIGURES.values(), "own ν", "log loss with it", "tie error with it"]
     cells = []
     for loss, own in by_loss.items():
         figures = [with_interval(over_seeds([row[key] for row in own], key == "gold_order")) for key in FIGURES]
-        nu = "–"
+        learnt = ["–"] * 3
         if own[0]["own_strengths"]:
-            nu = f"{np.mean([row['own_strengths'][0] for row in own]):.2f}, "
-            nu += with_interval(over_seeds([row["own_log_loss"] for row in own]))
-        cells.append([loss, *figures, nu])
+            learnt = [f"{np.mean([row['own_strengths'][0] for row in own]):.2f}"]
+            learnt += [
+                with_interval(over_seeds([row[f"own_{key}"] for row in own])) for key in ("log_loss", "tie_error")
+            ]
+        cells.append([loss, *figures, *learnt])
     for loss, other in WITHOUT.items():
         if loss in by_loss and other in by_loss:
             pairs = [[[row[key] for row in by_loss[x]] for x in (loss, other)] for key in FIGURES]
             gains = [with_interval(differences_over_seeds(*pair)) for pair in pairs]
-            cells.append([f"{loss} − {other}", *gains, "–"])
+            cells.append([f"{loss} − {other}", *gains, *["–"] * 3])
     ties = np.mean([row["ties"] for row in rows])
     return f"{ties:.0%} of the training pairs are tied.\n\n{markdown(headings, cells)}"
 
