@@ -342,17 +342,20 @@ MUTANTS = [
     Mutant(
         "rm",
         "a micro-batch's loss is divided by its own prompts",
-        "value = loss_of(config, batch, scores, len(whole))",
-        "value = loss_of(config, batch, scores, len(rows))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(whole))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(rows))",
     ),
     Mutant(
-        "rm", "a micro-batch's figures weigh as if all were as large", "weight = len(rows) / len(whole)", "weight = 0.5"
+        "rm",
+        "a micro-batch's figures weigh as if all were as large",
+        "weight = sum(paired[i] for i in rows) / max(1, sum(paired[i] for i in whole))",
+        "weight = 0.5",
     ),
     Mutant(
         "rm",
         "the held-out loss is divided by the micro-batch's prompts",
-        "loss_of(config, batch, scores, len(held)).item()",
-        "loss_of(config, batch, scores, len(rows)).item()",
+        "value, figures = ranker.loss(config, members, batch, scores, len(held))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(rows))",
     ),
     Mutant(
         "rm",
@@ -477,8 +480,8 @@ MUTANTS = [
     Mutant(
         "dpo",
         "beta does not reach the loss",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, config.beta, config.label_smoothing",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, config.label_smoothing",
+        "name, logps, ref_logps, batch, config.beta, config.label_smoothing",
+        "name, logps, ref_logps, batch, 0.1, config.label_smoothing",
     ),
     Mutant(
         "dpo", "beta does not reach the figures", "rewards = beta * (logps - ref_logps)", "rewards = logps - ref_logps"
