@@ -61,6 +61,8 @@ WITHOUT = {"davidson": "sigmoid", "davidson_luce": "plackett_luce"}
 """Loss that counts ties → the same without ties."""
 FIGURES = {"gold_order": "gold order", "log_loss": "log loss", "tie_error": "tie error"}
 SHARED = ["rankings.labelers_per_prompt=1", "rankings.judge_fraction=0"]
+WORLD = [f"data.{kind}=world" for kind in ("documents", "demonstrations", "prompts", "evaluation_prompts")]
+"""What is still the embedded world's where a file has the rankings."""
 QUICK = ["rankings.num_prompts=null", "rm.max_steps=3", "rm.ensemble=1", "rm.label_smoothing=0"]
 TENTHS = 10
 
@@ -97,7 +99,7 @@ def on_seed(args: Namespace, stop: StopFlag, seed: int, responses: int) -> list[
         for stage in ("world", "base", "sft"):
             if not own.folder(stage).exists():
                 shutil.copytree(shared.folder(stage), own.folder(stage))
-        options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false"]
+        options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false", *WORLD]
         rlhf(args, stop, "rm", own.base.name, seed, [*options, f"rm.loss_type={loss}", *steps_of(args, train)])
         row = line(own, args, seed, responses, loss, train, held, world)
         save_rows(args.results / "ties.jsonl", [row], lambda row: (row["responses"], row["loss"], row["seed"]))
