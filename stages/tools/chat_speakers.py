@@ -189,7 +189,7 @@ def load_judge(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    reader = TextReader(tokenizer, context_of(members(model)[0].config.to_dict()), experiment.rm.on_too_long)
+    reader = TextReader(tokenizer, context_of(members(model)[0].config.to_dict()), "error")
     model = model.to(device_of(experiment))
     return Judge(model, tokenizer_fingerprint(tokenizer), evaluate.missing_eos_score, reader)
 

@@ -92,7 +92,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         yield of_rankings(experiment, config, passes, dtype)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
-            yield of_ppo(experiment, config, second, take, passes, dtype, device)
+            yield of_ppo(experiment, config, take, dtype, device, second, passes)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
         steps = [Step(model, head, ranked(c, experiment), times=min(2, times))]
@@ -100,7 +100,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
-    yield of_evaluate(experiment, config, second, passes, dtype)
+    yield of_evaluate(experiment, config, passes, dtype, second)
 
 
 def text_stages(experiment: Any, config: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -124,7 +124,13 @@ def text_stages(experiment: Any, config: Any, second: Any) -> Iterator[tuple[str
 
 
 def of_ppo(
-    experiment: Any, config: Any, second: Any, take: Callable, passes: Callable, dtype: str, device: str
+    experiment: Any,
+    config: Any,
+    take: Callable,
+    dtype: str,
+    device: str,
+    second: Any = None,
+    passes: Callable | None = None,
 ) -> Need:
     """Return what the stage ppo needs.
 
@@ -135,12 +141,13 @@ def of_ppo(
     Args:
         experiment: The validated experiment.
         config: transformers' configuration of the model.
-        second: That of the reward model; mostly the same.
         take: Takes a step, as `take_step` with all but its steps given.
-        passes: Passes micro-batches through frozen models, as `take_passes`.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
+        second: The configuration of the reward model; None: the same one.
+        passes: Passes micro-batches through frozen models, as `take_passes`, where `second` differs.
     """
+    second = config if second is None else second
     c, ranks = experiment.ppo, processes(experiment)
     width = (c.max_length - c.response_length, c.response_length)
     episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
@@ -172,7 +179,7 @@ def of_ppo(
             continue
         if not settings.is_own():
             weights += scalar * max(1, len(settings.folders()))
-        elif second is not config:
+        elif passes is not None and second is not config:
             models, _ = passes([Step("reward_model", "scores", of_part["lengths"])], second)
             # one that reads texts is whole on each process
             weights += experiment.rm.ensemble * models["reward_model"] * (1 if reads_ids else shares)
@@ -225,16 +232,17 @@ def side_by_side(one: Sizes, other: Sizes) -> Sizes:
     )
 
 
-def of_evaluate(experiment: Any, config: Any, second: Any, passes: Callable, dtype: str) -> Need:
+def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str, second: Any = None) -> Need:
     """Return what the stage evaluate needs: a policy at a time, the reference and the judges.
 
     Args:
         experiment: The validated experiment.
         config: transformers' configuration of the model.
-        second: That of the reward models; mostly the same.
         passes: Passes micro-batches through frozen models, as `take_passes`.
         dtype: "float32" or "bfloat16".
+        second: The configuration of the reward models; None: the same one.
     """
+    second = config if second is None else second
     c, shares = experiment.evaluate, sharers(experiment)
     compared, judged = compared_policies(experiment), needs_reward_model(experiment)
     samples = max(c.samples_per_prompt, c.best_of if "best_of_n" in compared else 1)
