@@ -145,7 +145,7 @@ def of_ppo(
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
         second: The configuration of the reward model; None: the same one.
-        passes: Passes micro-batches through frozen models, as `take_passes`, where `second` differs.
+        passes: Passes micro-batches through frozen models, as `take_passes`; read with `second`.
     """
     second = config if second is None else second
     c, ranks = experiment.ppo, processes(experiment)
