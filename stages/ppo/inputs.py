@@ -25,6 +25,7 @@ from stages.models.same_tokenizer import difference_of
 from stages.rollouts.rollout import DrawnPrompt
 from stages.scorers.text_reader import TextReader, text_reader_of
 from stages.settings.experiment import Experiment
+from stages.settings.peft import peft_of
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
 from stages.settings.reward_base import has_own_base, trunk_stage
 from stages.settings.scorers.common import ScorerSection
@@ -187,20 +188,25 @@ def role_folders(
     """Return where the models of a run are.
 
     Args:
-        start: Folder of the model that policy and reference start as.
+        start: Folder of the reference, and of the policy unless ppo.start_from names another.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
         reads_texts: Whether the reward model of rm has another tokenizer, and so no role here.
         trust_remote_code: Whether code that the models bring may run.
     """
     c, reward_models = experiment.ppo, []
+    adapters = [peft_of(experiment, stage) for stage in ("rm", "ppo")]
+    same_weights = len({None if peft is None or peft.method != "qlora" else peft.bits or 4 for peft in adapters}) == 1
     for key, name, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
         if settings.is_own() and reads_texts:
             continue
         if settings.is_own():
-            own, trunk = inputs["rm"] / "model", inputs[trunk_stage(experiment)] / "model"
+            own = inputs["rm"] / "model"
+            trunk = (
+                inputs[trunk_stage(experiment)] / "model" if same_weights else None
+            )  # rm may have quantized it, or ppo
             folder, others = NamedFolder("rm", own), others_of(own)
         elif c.rewards is None or reads_ids_of(settings, start, trust_remote_code=trust_remote_code):
             first, *others = settings.folders()
@@ -214,8 +220,14 @@ def role_folders(
         path = Path(c.held_out_reward_model).expanduser()
         named = NamedFolder("ppo.held_out_reward_model", path)
         judge = RewardFolder("held_out", named, others=tuple(others_of(path)))
+    is_own = bool(reward_models) and reward_models[0].folder.key == "rm"
     return RoleFolders(
-        policy=start, reward_models=tuple(reward_models), judge=judge, has_value_model=has_value_model(c)
+        policy=start if c.start_from is None else Path(c.start_from).expanduser(),
+        reward_models=tuple(reward_models),
+        judge=judge,
+        has_value_model=has_value_model(c),
+        value_continues=not is_own or adapters[0] == adapters[1],
+        reference=start,
     )
 
 

@@ -1,5 +1,6 @@
 """Declare the stage rm: its settings, metrics, inputs and checks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
@@ -7,8 +8,10 @@ from pydantic import field_validator
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
 from stages.settings.reward_base import RewardBaseSettings, has_own_base, own_names, trunk_stages, with_own_base
+from stages.settings.rounds import start_problems
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
 if TYPE_CHECKING:
@@ -72,7 +75,13 @@ class RMSettings(PreferenceTraining):
         "the mistakes in the rankings with it: a judge that learns from other rankings tells more "
         "(rankings.judge_fraction). null: only if people ranked (data.rankings) and no rankings were kept for a judge",
     )
+    start_from: str | None = setting(
+        None,
+        "folder of a reward model that training starts from, head and all, such as the last round's; null: SFT with a "
+        "new head",
+    )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
+    peft: StagePeft = peft_setting()
 
     @field_validator("base", mode="before")
     @classmethod
@@ -98,7 +107,9 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = [own_names(line) for line in over_context(with_own_base(experiment), "rm")], experiment.rm
+    lines = [own_names(line) for line in over_context(with_own_base(experiment), "rm")]
+    lines, settings = lines + stage_problems(experiment, "rm"), experiment.rm
+    lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
@@ -106,9 +117,15 @@ def check(experiment: "Experiment") -> list[str]:
     return lines
 
 
+def folders(experiment: "Experiment") -> dict[str, Path]:
+    """Return the user's folder that decides what is trained: where it starts."""
+    start = experiment.rm.start_from
+    return {} if start is None else {"rm.start_from": Path(start).expanduser()}
+
+
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(with_own_base(experiment), "rm")
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    return missing_package(experiment, "rm") + over_folder_context(with_own_base(experiment), "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:
@@ -130,6 +147,7 @@ STAGE = Stage(
     check=check,
     missing_requirements=missing_requirements,
     check_data=check_data,
+    folders=folders,
     fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
     shared=True,
 )
