@@ -87,7 +87,14 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     )
     train = partial(train_language_model, session, runtime, make, tokenizer)
     optimization = Optimization(
-        config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+        dropout=config.dropout,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        label_smoothing=config.label_smoothing,
+        packing=bool(config.packing),
     )
     selection = config.selection("loss", higher_is_better=False)
 

@@ -76,7 +76,9 @@ def path_problems(tree: dict[str, Any]) -> list[Problem]:
     """
     data, model = tree.get("data"), tree.get("model")
     problems = data_path_problems(data) if isinstance(data, dict) else []
-    return problems + (model_path_problems(model) if isinstance(model, dict) else [])
+    problems += model_path_problems(model, ("model",)) if isinstance(model, dict) else []
+    second = second_model(tree)
+    return problems + (model_path_problems(second, ("rm", "base")) if isinstance(second, dict) else [])
 
 
 def data_path_problems(data: dict[str, Any]) -> list[Problem]:
@@ -117,24 +119,36 @@ def exists(text: str) -> bool:
     return path.exists() or (glob.has_magic(text) and any(glob.iglob(str(path), recursive=True)))
 
 
-def model_path_problems(model: dict[str, Any]) -> list[Problem]:
-    """Return the problems of the paths in the section `model`."""
+def second_model(tree: dict[str, Any]) -> Any:
+    """Return `rm.base` of a parsed config as a mapping; whatever else it is if it is none."""
+    section = tree.get("rm")
+    named = section.get("base") if isinstance(section, dict) else None
+    return {"name_or_path": named} if isinstance(named, str) else named
+
+
+def model_path_problems(model: dict[str, Any], place: tuple) -> list[Problem]:
+    """Return the problems of the paths in a section that names a model.
+
+    Args:
+        model: The section, parsed.
+        place: Its keys, for error lines.
+    """
     problems: list[Problem] = []
     text = model.get("name_or_path")
     folder = local_folder(text) if isinstance(text, str) else None
     if folder is not None and (not text or "\0" in text or not folder.is_dir()):
         what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
-        problems.append((("model", "name_or_path"), what))
+        problems.append(((*place, "name_or_path"), what))
     elif folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         what = f"{text} holds an adapter; name the model that it was trained on here, and {text} in model.adapter"
-        problems.append((("model", "name_or_path"), what))
+        problems.append(((*place, "name_or_path"), what))
     text = model.get("chat_template")
     if isinstance(text, str) and ("\0" in text or not Path(text).expanduser().is_file()):
         what = f"no such file: {text}; should be a file with a Jinja chat template, or null"
-        problems.append((("model", "chat_template"), what))
+        problems.append(((*place, "chat_template"), what))
     text = model.get("adapter")
     if isinstance(text, str) and (wrong := adapter_folder_problem(text)):
-        problems.append((("model", "adapter"), wrong))
+        problems.append(((*place, "adapter"), wrong))
     return problems
 
 
@@ -177,6 +191,9 @@ def revision_problems(experiment: Common) -> list[str]:
     named: dict[str, tuple[str, str | None]] = {
         "model": (experiment.model.name_or_path or "", experiment.model.revision)
     }
+    second = getattr(getattr(experiment, "rm", None), "base", None)
+    if second is not None:
+        named["rm.base"] = (second.name_or_path or "", second.revision)
     for kind in KINDS:
         value = getattr(experiment.data, kind)
         parts = {f"data.{kind}[{i}]": part for i, part in enumerate(value)} if isinstance(value, list) else {}

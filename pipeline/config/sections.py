@@ -528,6 +528,9 @@ def names_hub(tree: dict[str, Any]) -> bool:
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    of_rm = tree.get("rm")
+    second = of_rm.get("base") if isinstance(of_rm, dict) else None  # a reward model's own base
+    named.append(second.get("name_or_path") if isinstance(second, dict) else second)
     for section, keys in MAY_NAME_DATA.items():
         given = tree.get(section)
         if isinstance(given, dict):

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
+from stages.settings.reward_base import own_names
 
 if TYPE_CHECKING:  # a session is made with this module, and models load torch
     from stages.models.adapters import AdapterSettings
@@ -203,7 +204,7 @@ def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
             rate = getattr(section, key)
             session.say(
                 f"{key} is the default {rate:g}, which suits the training of every weight; for adapters "
-                f"about ten times as much is usual: {session.stage}.{key}={10 * rate:g}"
+                f"about ten times as much is usual: {own_names(f'{session.stage}.{key}')}={10 * rate:g}"
             )
 
 
