@@ -31,7 +31,18 @@ IN_FRONT = (
     "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
     "weights that plain transformers can load"
 )
-REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+# Settings of the adapters that stay in a model, and the methods that read them.
+BOTTLENECKS, PREFIX = ("houlsby", "pfeiffer", "parallel_adapter"), ("prefix_tuning",)
+IN_PLACE = (*BOTTLENECKS, *PREFIX)
+OF_ADAPTERS_IN_PLACE = {
+    "bottleneck_size": BOTTLENECKS,
+    "bottleneck_activation": BOTTLENECKS,
+    "bottleneck_scale": BOTTLENECKS,
+    "num_virtual_tokens": PREFIX,
+    "prefix_projection": PREFIX,
+    "encoder_hidden_size": PREFIX,
+}
 
 Problem = tuple[tuple, str]
 
@@ -188,6 +199,31 @@ def adapter_problems(model: ModelSettings) -> list[str]:
         problems.append(
             f"model.peft.init_r: {init_r} is lower than r {model.peft.r}, the rank that adalora prunes to; raise it"
         )
+    return problems + in_place_problems(model)
+
+
+def in_place_problems(model: ModelSettings) -> list[str]:
+    """Return a line for each setting of a prefix or bottleneck that cannot work."""
+    peft, problems = model.peft, []
+    if peft is None:
+        return []
+    for key, methods in OF_ADAPTERS_IN_PLACE.items():
+        value = getattr(peft, key)
+        if value is not None and peft.method not in methods:
+            problems.append(
+                f"model.peft.{key}: {value} has no effect with method {peft.method}; use {', '.join(methods)}, or "
+                f"leave it out"
+            )
+    if peft.method == "prefix_tuning" and peft.encoder_hidden_size is not None and not peft.prefix_projection:
+        problems.append(
+            f"model.peft.encoder_hidden_size: {peft.encoder_hidden_size} has no effect without the MLP; set "
+            f"prefix_projection: true, or leave it out"
+        )
+    if peft.method == "prefix_tuning" and model.attn_implementation != "sdpa":
+        problems.append(
+            f"model.attn_implementation: {model.attn_implementation} cannot read the keys and values of a prefix "
+            f"(prefix_tuning); use sdpa"
+        )
     return problems
 
 
@@ -205,6 +241,11 @@ def strategy_problems(experiment: Common) -> list[str]:
         return [
             "launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
             "scales; use ddp, or model.peft.method: lora"
+        ]
+    if peft.method == "prefix_tuning":
+        return [
+            "launch.strategy: fsdp2 shards layer by layer, and a prefix is one weight for all layers; use ddp, or "
+            "model.peft.method: houlsby"
         ]
     return []
 

@@ -34,11 +34,14 @@ class PeftSettings(Section):
     """Choose how adapters are trained instead of all weights."""
 
     method: Literal[
-        "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
+        *("lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "p_tuning"),
+        *("prefix_tuning", "houlsby", "pfeiffer", "parallel_adapter"),
     ] = setting(
         "lora",
-        "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases) "
-        "or qlora (lora on a quantized base model); the other three are refused with the reason",
+        "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases), "
+        "qlora (lora on a quantized base model), prefix_tuning (keys and values before the text in every layer), "
+        "houlsby, pfeiffer or parallel_adapter (bottlenecks behind attention and MLP, behind the MLP, beside the MLP); "
+        "prompt_tuning and p_tuning are refused with the reason",
     )
     r: int = setting(
         16, "rank of the adapter matrices (lora, dora, qlora; for adalora the final rank, on average)", ge=1
@@ -58,6 +61,26 @@ class PeftSettings(Section):
         "precision of the frozen linear layers under qlora: 4 (NF4 with quantized scales) or 8 (one scale per row); "
         "null: 4",
         "bits",
+    )
+    bottleneck_size: int | None = setting(
+        None, "units of a bottleneck adapter; null: the model's width / 16, rounded down", "units", ge=1
+    )
+    bottleneck_activation: Literal["relu", "gelu", "silu", "tanh"] | None = setting(
+        None, "nonlinearity of a bottleneck adapter; null: the paper's (gelu for houlsby, otherwise relu)"
+    )
+    bottleneck_scale: float | None = setting(
+        None, "factor of a bottleneck adapter's output; null: 1, and 4 for parallel_adapter as in its paper", gt=0
+    )
+    num_virtual_tokens: int | None = setting(
+        None, "tokens that prefix_tuning has keys and values for; null: 20", "tokens", ge=1
+    )
+    prefix_projection: bool | None = setting(
+        None,
+        "whether the first stage computes the prefix with an MLP (Li & Liang 2021), of which later stages train only "
+        "the output; null: false, the keys and values themselves train (P-tuning v2)",
+    )
+    encoder_hidden_size: int | None = setting(
+        None, "width of that MLP; null: the width of a layer's keys", "units", ge=1
     )
 
 

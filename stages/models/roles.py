@@ -234,7 +234,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     def load_start() -> nn.Module:
         return load_policy(folders.policy, **loading)
 
-    policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
+    policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed, exact=True))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
     ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
     reward_models = {one.name: load_frozen(load_scalar(one.trunk), one) for one in folders.reward_models}

@@ -221,6 +221,12 @@ def adapter_settings(model_section: Any) -> AdapterSettings:
         target_modules=peft.target_modules,
         init_r=peft.init_r,
         bits=(peft.bits or 4) if peft.method == "qlora" else None,
+        bottleneck_size=peft.bottleneck_size,
+        bottleneck_activation=peft.bottleneck_activation,
+        bottleneck_scale=peft.bottleneck_scale,
+        num_virtual_tokens=peft.num_virtual_tokens or 20,
+        prefix_projection=bool(peft.prefix_projection),
+        encoder_hidden_size=peft.encoder_hidden_size,
     )
 
 
