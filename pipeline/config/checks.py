@@ -35,6 +35,7 @@ REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "p_tuning": IN_FRONT}
 # Settings of the adapters that stay in a model, and the methods that read them.
 BOTTLENECKS, PREFIX = ("houlsby", "pfeiffer", "parallel_adapter"), ("prefix_tuning",)
 IN_PLACE = (*BOTTLENECKS, *PREFIX)
+PREFIX_TOKENS = 20  # of a prefix, unless model.peft.num_virtual_tokens says otherwise
 OF_ADAPTERS_IN_PLACE = {
     "bottleneck_size": BOTTLENECKS,
     "bottleneck_activation": BOTTLENECKS,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.chain import wanted_stages
 from stages.settings import evaluate, ppo
-from stages.settings.checks import folder_context, too_long_for
+from stages.settings.checks import folder_context, prefix_tokens, too_long_for
 from stages.settings.experiment import STAGES
 
 if TYPE_CHECKING:
@@ -41,5 +41,6 @@ def lengths_over_context(experiment: "Experiment", artifacts: str | Path = "arti
     lines = []
     for stage, names in lengths.items():
         if stage in wanted:
-            lines += too_long_for(context, getattr(experiment, stage), stage, *names)
+            ahead = prefix_tokens(experiment, stage)
+            lines += too_long_for(context, getattr(experiment, stage), stage, *names, ahead=ahead)
     return lines
