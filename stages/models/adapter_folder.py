@@ -78,10 +78,13 @@ def write_adapter(model: nn.Module, folder: Path, base: str) -> None:
             shutil.copy(path, folder / path.name)
     shape = prefix_shape(model)
     if shape is not None:
-        task = "SEQ_CLS" if getattr(model.config, "reward_bias", None) is not None else "CAUSAL_LM"
+        head = next((name for name in ("score", "classifier") if hasattr(model, name)), None)
+        task = "CAUSAL_LM" if head is None else "SEQ_CLS"
         config = peft_config(shape, projection=False, task_type=task, inference_mode=True)
         settings = {key: value for key, value in config.to_dict().items() if key != "auto_mapping"}
         tensors = {"prompt_embeddings": flat_prefix(model)}
+        if head is not None:  # in base/ too; peft loads no adapter of such a model without it
+            tensors |= {f"base_model.{head}.{name}": p for name, p in getattr(model, head).named_parameters()}
     else:
         found = bottleneck_shape(model)
         assert found is not None
