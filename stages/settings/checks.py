@@ -121,7 +121,9 @@ def too_long_for(
             remedy = f"set {stage}.{key} to {context} or less"
             if from_scratch:
                 remedy += ", or raise model.max_position_embeddings"
-            lines.append(f"{stage}.{key}: {length} tokens is more than the model's context of {context}{behind}; {remedy}")
+            lines.append(
+                f"{stage}.{key}: {length} tokens is more than the model's context of {context}{behind}; {remedy}"
+            )
     return lines
 
 
@@ -162,9 +164,7 @@ def over_folder_context(experiment: "Experiment", stage: str, *lengths: str) -> 
         *lengths: Its settings to check besides max_length.
     """
     context = folder_context(experiment.model.name_or_path)
-    return too_long_for(
-        context, getattr(experiment, stage), stage, *lengths, ahead=prefix_tokens(experiment, stage)
-    )
+    return too_long_for(context, getattr(experiment, stage), stage, *lengths, ahead=prefix_tokens(experiment, stage))
 
 
 def folder_context(model: str | None) -> int | None:

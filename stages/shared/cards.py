@@ -70,10 +70,10 @@ PREFIX_USE = """\
 ## Adapter
 
 The base model is in `base/`; what was trained are keys and values before every text (prefix tuning), which cannot be
-merged into it. `PeftModel.from_pretrained({auto}.from_pretrained("base"{more}), ".")` of peft loads both from inside
-this folder, and computes what was trained; `generate` of peft 0.21 fails under transformers 5.
-`stages.models.loading.{loader}(folder)` of rlhf-pipeline loads a model that also generates. transformers alone stops
-here, having no prefixes.
+merged into it. Inside this folder, peft loads both with
+`PeftModel.from_pretrained({auto}.from_pretrained("base"{more}), ".")` and computes what was trained;
+`generate` of peft 0.21 fails under transformers 5 for every prefix. `stages.models.loading.{loader}(folder)` of
+rlhf-pipeline loads a model that also generates. transformers alone stops here: it has no prefixes.
 """
 BOTTLENECK_USE = """\
 

@@ -52,7 +52,7 @@ def same(one, other):
 
 
 def test_only_the_adapter_of_a_policy_trains(causal, kind, settings, rows):
-    """The model is not wrapped, so its reference is a model of its own, as when all weights train."""
+    """The model is not wrapped: its reference is a model of its own, as when all weights train."""
     model = with_adapter(causal(kind), settings)
     assert not is_adapted(model) and method_in(model) == settings.method
     own = {name for name, _ in causal(kind).named_parameters()}
@@ -241,7 +241,7 @@ def test_what_does_not_know_the_adapter_stops_at_its_folder(causal, tmp_path, to
     from transformers import AutoModelForCausalLM
 
     save_merged(with_adapter(causal("llama"), settings), tokenizer, tmp_path, card="")
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(OSError, match="no file named model"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     if settings.method != "prefix_tuning":
         with pytest.raises((KeyError, ValueError)):
@@ -289,7 +289,9 @@ def test_a_stage_goes_on_with_the_same_adapter_or_refuses(causal, first, then, m
 
 
 def test_a_new_prefix_is_refused_where_the_start_is_the_reference(causal):
-    with pytest.raises(UserError, match="prefix_tuning begins away from the model .* train sft with prefix_tuning too"):
+    with pytest.raises(
+        UserError, match=r"prefix_tuning begins away from the model .* train sft with prefix_tuning too"
+    ):
         with_adapter(causal("llama"), prefix(), exact=True)
 
 
@@ -305,7 +307,9 @@ def test_a_family_whose_attention_takes_no_prefix_is_refused(causal):
         with_adapter(mamba, AdapterSettings(method="pfeiffer"))
     model = causal("llama")
     model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="model.attn_implementation: eager cannot read the keys and values of a prefix"):
+    with pytest.raises(
+        UserError, match=r"model.attn_implementation: eager cannot read the keys and values of a prefix"
+    ):
         with_adapter(model, prefix())
 
 
@@ -316,7 +320,7 @@ def test_a_damaged_folder_is_refused(causal, tmp_path, tokenizer):
     before = path.read_text()
     write_adapter(other, tmp_path, "base")
     path.write_text(before)
-    with pytest.raises(UserError, match="adapter_model.safetensors: does not fit the model in base/"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: does not fit the model in base/"):
         load_policy(tmp_path)
 
 
