@@ -6,6 +6,7 @@ today.
 
 from collections.abc import Iterable
 
+from pipeline.config.checks import IN_PLACE
 from stages.page.manifests import Manifest, commit_of, common_versions, metrics_of, ordered, seconds_of, section, shown
 from stages.page.numbers import duration
 
@@ -67,7 +68,11 @@ def adapter(manifests: dict[str, Manifest]) -> str:
         return "all weights, no adapter"
     peft = adapters[0]
     parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
-    return f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+    method = peft.get("method", "lora")
+    where = (
+        "beside the base model in each published folder" if method in IN_PLACE else "merged into each published model"
+    )
+    return f"adapter {method}: {', '.join(parts)}; {where}"
 
 
 def hardware(manifests: dict[str, Manifest]) -> list[str]:
