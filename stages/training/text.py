@@ -20,6 +20,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adalora import adamw_for
+from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
@@ -37,6 +38,7 @@ from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks
 from stages.training.text_trainers import (
     no_routers,
     saving_on_rank_zero,
+    saving_what_trains,
     with_current_settings,
     with_plain_loss,
     with_sharding,
@@ -149,7 +151,8 @@ def train_language_model(
             check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
-    if is_adapted(trainer.model) and runtime.dtype == "bfloat16":
+    has_adapter = is_adapted(trainer.model) or method_in(unwrapped(trainer.model)) is not None
+    if has_adapter and runtime.dtype == "bfloat16":
         cast_frozen(trainer.model, torch.bfloat16)
     if task.announce is not None and phase.first == 0:
         task.announce(trainer.model)
@@ -249,6 +252,8 @@ def make_trainer(
     if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(unwrapped(model)).__name__))
     trainer_class = SFTTrainer
+    if method_in(unwrapped(model)) is not None:
+        trainer_class = saving_what_trains(trainer_class)
     if sharded:
         trainer_class = with_sharding(trainer_class)
     elif parallel.rank_and_world_size()[1] > 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from stages.models.adapters import unwrapped
+from stages.models.adapters import trainable_parameters, unwrapped
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
@@ -73,6 +73,19 @@ def with_current_settings(trainer_class: type) -> type:
                 super()._load_optimizer_and_scheduler(checkpoint)
 
     return CurrentSettingsTrainer
+
+
+def saving_what_trains(trainer_class: type) -> type:
+    """Leave frozen weights out of checkpoints: the model that is made on resuming has them.
+
+    For models whose adapter stays in them. Of a PeftModel transformers saves the adapter by itself.
+    """
+
+    class TrainedWeightsTrainer(trainer_class):
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+            super()._save(output_dir, state_dict={n: p.detach() for n, p in trainable_parameters(self.model).items()})
+
+    return TrainedWeightsTrainer
 
 
 def saving_on_rank_zero(trainer_class: type) -> type:
