@@ -7,6 +7,7 @@ which itself never holds the prefix. Texts begin at position n, behind the n pre
 peft: its PrefixTuning computes the same from the same numbers.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,20 +73,38 @@ def add_prefix(
 
     ids = torch.tensor([ordinary_ids(model.config, tokens + 3)], device=model.get_input_embeddings().weight.device)
     shape, flat = keys_and_values(model, ids[:, :tokens])
-    is_on_meta = flat.is_meta
-    expected = None if is_on_meta else hidden_states(model, ids)[:, tokens:]
+    with torch.no_grad():
+        expected = None if flat.is_meta else hidden_states(model, ids)[:, tokens:]  # meta: only sizes are asked for
     set_prefix(model, shape, flat)
-    if expected is not None:
-        found = hidden_states(model, ids[:, tokens:])
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().mean())):
-            raise UserError(
-                f"model.peft.method: prefix_tuning does not fit this {model.config.model_type} model, which computes "
-                f"something else behind given keys and values than behind the tokens they are of; use lora"
-            )
+    if expected is not None and not reads_prefix(model, ids[:, tokens:], expected):
+        raise UserError(
+            f"model.peft.method: prefix_tuning does not fit this {model.config.model_type} model, which computes "
+            f"something else behind given keys and values than behind the tokens they are of; use lora"
+        )
     if projection:
         torch.manual_seed(seed)
         encoder = encoder_of(shape, projection=True, hidden_size=hidden_size)
         setattr(model.base_model, NAME, encoder.to(flat.device, torch.float32))
+
+
+@torch.enable_grad()
+def reads_prefix(model: nn.Module, ids: Tensor, expected: Tensor) -> bool:
+    """Return whether a model computes what is expected behind its prefix, and all layers read it.
+
+    Args:
+        model: A model with a prefix that is not computed by an MLP.
+        ids: (1, T), the text.
+        expected: (1, T, d), the text's hidden states behind the tokens that the prefix is of.
+    """
+    found, weight = hidden_states(model, ids), model.base_model.prefix.embedding.weight
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().mean())):
+        return False
+    shape = prefix_shape(model)
+    assert shape is not None
+    probe = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(found)
+    (gradient,) = torch.autograd.grad((found * probe).sum(), weight, allow_unused=True, materialize_grads=True)
+    by_layer = gradient.unflatten(1, (shape.layers, 2, -1))[:, :, 1]  # of the values
+    return bool((by_layer.abs().amax((0, 2)) > 0).all())
 
 
 def set_prefix(model: nn.Module, shape: PrefixShape, flat: Tensor) -> None:
@@ -97,7 +116,7 @@ def set_prefix(model: nn.Module, shape: PrefixShape, flat: Tensor) -> None:
         flat: (n, 2·L·H·D), in peft's order.
 
     Raises:
-        UserError: The model's attention kernel is not sdpa.
+        UserError: The model's attention kernel is not sdpa, or its trunk cannot have a hook.
     """
     from stages.models.packing import NAME as PACKED
     from stages.models.packing import register
@@ -118,6 +137,14 @@ def set_prefix(model: nn.Module, shape: PrefixShape, flat: Tensor) -> None:
         if isinstance(getattr(module, "layer_idx", None), int):
             module.prefix_of_layer = (current, module.layer_idx)
     trunk.register_forward_pre_hook(_compute_prefix, with_kwargs=True)
+    if not flat.is_meta:
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # a layer found no prefix
+            model(input_ids=torch.ones(1, 1, dtype=torch.long, device=flat.device), use_cache=False)
+        if current.values is None:
+            raise UserError(
+                f"model.peft.method: prefix_tuning does not fit this {model.config.model_type} model, which does not "
+                f"call its trunk as a whole; use lora"
+            )
 
 
 def encoder_of(shape: PrefixShape, *, projection: bool, hidden_size: int | None = None) -> nn.Module:
@@ -201,7 +228,6 @@ def keys_and_values(model: nn.Module, ids: Tensor) -> tuple[PrefixShape, Tensor]
     return PrefixShape(tokens, layers, heads, head_size), flat.contiguous()
 
 
-@torch.no_grad()
 def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the trunk's last hidden states (1, T, d) of one row."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -220,6 +246,8 @@ def before(module: nn.Module, key: Tensor) -> tuple[Tensor, Tensor] | None:
     current, layer = getattr(module, "prefix_of_layer", (None, 0))
     if current is None:
         return None
+    if current.values is None:
+        raise RuntimeError("the trunk's hook has computed no prefix for this pass")
     keys, values = current.values[layer].to(key.dtype).unsqueeze(1).expand(-1, len(key), -1, -1, -1)
     return keys, values
 

@@ -296,7 +296,7 @@ def test_a_new_prefix_is_refused_where_the_start_is_the_reference(causal):
 
 
 def test_a_family_whose_attention_takes_no_prefix_is_refused(causal):
-    from transformers import AutoModelForCausalLM, MambaConfig
+    from transformers import AutoModelForCausalLM, FalconConfig, MambaConfig, OPTConfig
 
     mamba = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=48, hidden_size=16, num_hidden_layers=1, state_size=4)
@@ -305,6 +305,13 @@ def test_a_family_whose_attention_takes_no_prefix_is_refused(causal):
         with_adapter(mamba, prefix())
     with pytest.raises(UserError, match="the layers of this mamba model have no module that is an MLP block"):
         with_adapter(mamba, AdapterSettings(method="pfeiffer"))
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = AutoModelForCausalLM.from_config(OPTConfig(**shape, ffn_dim=16, word_embed_proj_dim=16))
+    with pytest.raises(UserError, match="this opt model, which does not call its trunk as a whole; use lora"):
+        with_adapter(opt, prefix())
+    falcon = AutoModelForCausalLM.from_config(FalconConfig(**shape, initializer_range=0.3))
+    with pytest.raises(UserError, match="something else behind given keys and values than behind the tokens"):
+        with_adapter(falcon, prefix())
     model = causal("llama")
     model.set_attn_implementation("eager")
     with pytest.raises(
