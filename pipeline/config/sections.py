@@ -34,8 +34,18 @@ class PeftSettings(Section):
     """Choose how adapters are trained instead of all weights."""
 
     method: Literal[
-        *("lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "p_tuning"),
-        *("prefix_tuning", "houlsby", "pfeiffer", "parallel_adapter"),
+        "lora",
+        "dora",
+        "ia3",
+        "bitfit",
+        "adalora",
+        "qlora",
+        "prompt_tuning",
+        "p_tuning",
+        "prefix_tuning",
+        "houlsby",
+        "pfeiffer",
+        "parallel_adapter",
     ] = setting(
         "lora",
         "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases), "

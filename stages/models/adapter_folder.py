@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from stages.models.bottleneck import BottleneckShape, add_bottlenecks, bottleneck_shape, bottlenecks
+from stages.models.bottleneck import FORMS, BottleneckShape, add_bottlenecks, bottleneck_shape, bottlenecks
 from stages.models.prefix import PrefixShape, flat_prefix, peft_config, prefix_shape, set_prefix
 
 BASE = "base"  # folder of the base model's weights
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+IN_PLACE = (*FORMS, "prefix_tuning")  # methods whose adapters stay in the model
 PREFIX, BOTTLENECK = "PREFIX_TUNING", "BOTTLENECK"  # values of peft_type
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.checks import IN_PLACE
 from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero
-from stages.models.adapter_folder import adapter_parameters, method_in
+from stages.models.adapter_folder import IN_PLACE, adapter_parameters, method_in
 from stages.models.bottleneck import FORMS, add_bottlenecks, bottleneck_shape, shape_of
 from stages.models.ensemble import members
 from stages.models.loading import load_scalar_model, new_reward_model, scalar_config, score_head, without_dropout

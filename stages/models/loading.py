@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from stages.models.adapter_folder import weights_folder, with_adapter_of
+from stages.models.adapter_folder import is_adapter_folder, weights_folder, with_adapter_of
 from stages.models.families import (
     has_family_class,
     head_problem,
@@ -326,6 +326,7 @@ def load_pretrained(
         path, options["gguf_file"] = packaged_gguf(name.removeprefix("package:"))
     else:
         path = name
+    folder = Path(name).expanduser()  # of a Hub id: no folder
     try:
         if "gguf_file" not in options:
             refuse_kind(from_pretrained(AutoConfig, path, **options), name)
@@ -334,7 +335,7 @@ def load_pretrained(
         load = partial(
             from_pretrained,
             AutoModelForCausalLM,
-            path,
+            str(weights_folder(folder)) if is_adapter_folder(folder) else path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             output_loading_info=True,
@@ -378,7 +379,7 @@ def load_pretrained(
         fresh.generation_config.eos_token_id = model.generation_config.eos_token_id
         model = fresh
     settle_generation_config(model)
-    return prepare(model), tokenizer
+    return with_adapter_of(prepare(model), folder), tokenizer
 
 
 # Of a tied model with another head, transformers would take the embedding for the unembedding.

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from data.groups import make_rows
+from pipeline.config import checks
 from pipeline.errors import UserError
-from stages.models.adapter_folder import adapter_parameters, method_in, write_adapter
+from stages.models.adapter_folder import IN_PLACE, adapter_parameters, method_in, write_adapter
 from stages.models.adapters import AdapterSettings, is_adapted, save_merged, trainable_parameters, with_adapter
 from stages.models.bottleneck import bottlenecks
 from stages.models.forward import response_logprobs, response_scores, response_values, text_logprobs
@@ -49,6 +50,10 @@ def shake(model, seed=0):
 
 def same(one, other):
     torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_and_models_name_the_same_methods():
+    assert set(IN_PLACE) == set(checks.IN_PLACE) == {*BOTTLENECKS, "prefix_tuning"}
 
 
 def test_only_the_adapter_of_a_policy_trains(causal, kind, settings, rows):
