@@ -15,12 +15,13 @@ from stages.models.adapter_folder import IN_PLACE, adapter_parameters, method_in
 from stages.models.adapters import AdapterSettings, is_adapted, save_merged, trainable_parameters, with_adapter
 from stages.models.bottleneck import bottlenecks
 from stages.models.forward import response_logprobs, response_scores, response_values, text_logprobs
-from stages.models.loading import load_policy, load_scalar_model, new_reward_model
+from stages.models.loading import load_policy, load_pretrained, load_scalar_model, new_reward_model
 from stages.models.packing import can_pack
 from stages.models.prefix import WORKS_WITH, flat_prefix
 from stages.models.publish import save_model
 from stages.rollouts.lanes import PackedLane, PaddedLane, WholeLane
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
+from stages.rollouts.vllm import Vllm, VllmOptions
 from tests.builders import EOS, PAD
 
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel_adapter")
@@ -342,3 +343,23 @@ def test_a_model_that_cannot_pack_keeps_its_prefix(causal, ragged):
     expected = response_logprobs(model, make_rows(*ragged, PAD)).detach()
     assert not can_pack(model, 64) and model.config._attn_implementation in WORKS_WITH
     same(response_logprobs(model, make_rows(*ragged, PAD)), expected)
+
+
+def test_vllm_is_refused_before_it_starts(causal, tmp_path, tokenizer, settings):
+    """Given the model, or its folder alone."""
+    model = with_adapter(causal("llama"), settings)
+    save_merged(model, tokenizer, tmp_path, card="")
+    places = {"model": tmp_path, "folder": tmp_path, "log": tmp_path / "log", "python": "no-such-python"}
+    engine = Vllm(VllmOptions(**places, devices=None, dtype="float32", timeout=1.0, arguments={}))
+    with pytest.raises(UserError, match=f"vllm runs its own code .* the adapter of {settings.method}, "):
+        engine.start(model)
+    with pytest.raises(UserError, match="vllm runs its own code of the model, which has no place for the adapter"):
+        engine.start_from_folder()
+
+
+def test_a_base_model_may_bring_such_an_adapter(causal, rows, tmp_path, tokenizer, settings):
+    """model.name_or_path may be the folder that another experiment published."""
+    model = shake(with_adapter(causal("llama", vocab_size=len(tokenizer)), settings))
+    save_merged(model, tokenizer, tmp_path, card="")
+    loaded, _ = load_pretrained(str(tmp_path), attn_implementation="sdpa", trust_remote_code=False)
+    same(response_logprobs(loaded, rows), response_logprobs(model, rows))
