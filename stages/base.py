@@ -3,6 +3,7 @@
 loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
 
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -20,13 +21,15 @@ from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from stages.models.adapters import refuse_untrained
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
+from stages.models.given_adapter import merge_given
 from stages.models.loading import code_fails, from_scratch, load_pretrained
 from stages.models.publish import given_model, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings.base import BaseSettings, template_file
+from stages.settings.base import BaseSettings, adapter_folder, template_file
 from stages.settings.experiment import Experiment
+from stages.settings.peft import peft_of
 from stages.settings.training import total_steps
 from stages.shared.cards import ModelCard, card_text
 from stages.shared.inputs import split_documents
@@ -48,7 +51,8 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
         ctx.confirm_folders()
         for line in settled.lines:
             session.say(line)
-        refuse_untrained(settled.new_tokens, section.peft and section.peft.method, tokenizer)
+        peft = peft_of(ctx.experiment, "sft")
+        refuse_untrained(settled.new_tokens, peft and peft.method, tokenizer)
         check_reading(session, model, section.name_or_path, tokenizer.pad_token_id)
         figures, given_dtype = describe_given(provenance, runtime, model, settled)
     else:
@@ -149,6 +153,9 @@ def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any
     model, tokenizer = load_pretrained(
         str(local_folder(name) or name), revision=provenance.model_revision, **runtime.load_options()
     )
+    adapter, line = adapter_folder(section), ""
+    if adapter is not None:
+        model, line = merge_given(model, adapter, name)
     settled = settle_tokens(
         model,
         tokenizer,
@@ -157,6 +164,8 @@ def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any
         variables=section.chat_template_kwargs,
         moment=datetime.now(),
     )
+    if line:
+        settled = replace(settled, lines=[line, *settled.lines])
     return model, tokenizer, settled
 
 
@@ -178,7 +187,9 @@ def describe_given(
     given = given_model(name, revision=provenance.model_revision, trust_remote_code=runtime.trust_remote_code)
     figures: dict[str, Any] = {"pretrained": name}
     if given.rows is not None:
-        figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
+        rows = model.get_input_embeddings().weight.shape[0]
+        # with an adapter merged, later adapters are on this model and not on the one of that name
+        figures["same_rows_as_given"] = given.rows == rows and provenance.model.adapter is None
     if settled.new_tokens:
         figures["new_tokens"] = settled.new_tokens  # sft trains their embeddings even where it trains an adapter
     if settled.stopped is not None:

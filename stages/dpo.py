@@ -110,10 +110,10 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     report += held_report
     steps = total_steps(config, len(groups))
     session.say(f"{report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
-    adapter = adapter_settings(ctx.experiment.model)
+    adapter = adapter_settings(provenance.model)
     policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed, exact=True), runtime, config.max_length)
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(

@@ -129,7 +129,9 @@ def topics_of(results: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> 
         "perplexity": any(policy["pretrain_perplexity"] is not None for policy in policies.values()),
         "over": bool(checks) or results["judge"] == "gold",
         "rounds": any(section(manifest, "round") for manifest in manifests.values()),
-        "adapter": any(section(manifest, "model").get("peft") for manifest in manifests.values()),
+        "adapter": any(
+            section(manifest, name).get("peft") for stage, manifest in manifests.items() for name in ("model", stage)
+        ),
     }
     return set(policies) | {topic for topic, covered in is_covered.items() if covered}
 

@@ -132,14 +132,14 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     names = reward_models(ctx.experiment, has_judge=len(data.judge) > 0)
     plan = [judge_steps(steps, data) if name == JUDGE else steps for name in names]
     session.say(plan_line(data, plan, names))
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
         # 1 the policy's trunk, a new scalar head
         seed = member_seed(ctx.seed, k)
         start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
-        make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), seed, start)
+        make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
         model = place_model(make, runtime, config.max_length)
         ctx.confirm_folders()
         trainee = trainee_of(config, model, plan[k], config.head_learning_rate)

@@ -65,11 +65,11 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
         )
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
     line = f"{data.report.line('demonstrations')}; {data.turns.text()}; {len(data.held_out)} held out; {steps} steps"
     session.say(f"{line}, then {more_steps} for ppo_init" if more_steps else line)
-    make = partial(make_policy, source, runtime, adapter_settings(ctx.experiment.model), provenance)
+    make = partial(make_policy, source, runtime, adapter_settings(provenance.model), provenance)
     samples = partial(
         show_samples, tokenizer=tokenizer, prompts=data.shown, seed=ctx.seed, response_length=config.sample_tokens
     )

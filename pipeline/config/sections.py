@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -63,8 +63,11 @@ class PeftSettings(Section):
     init_r: int | None = setting(
         None, "rank that adalora starts with before it prunes; null: 1.5 × r, rounded up", ge=1
     )
-    target_modules: Literal["all-linear"] | list[str] = setting(
-        "all-linear", "names of the layers that get an adapter (unused by ia3 and bitfit)"
+    target_modules: str | list[str] = setting(
+        "all-linear",
+        "layers that get an adapter: all-linear, a list of names or ends of names ([q_proj, v_proj]), or a regular "
+        "expression that matches whole names ('.*layers\\.[0-3]\\..*_proj'); not with ia3 and bitfit, which choose "
+        "their own",
     )
     bits: Literal[4, 8] | None = setting(
         None,
@@ -91,6 +94,28 @@ class PeftSettings(Section):
     )
     encoder_hidden_size: int | None = setting(
         None, "width of that MLP; null: the width of a layer's keys", "units", ge=1
+    )
+    exclude_modules: str | list[str] | None = setting(
+        None, "layers that get no adapter although target_modules names them, in the same notation"
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = setting(
+        None, "indices of the decoder layers that get adapters, from 0; null: all of them"
+    )
+    modules_to_save: list[str] | None = setting(
+        None,
+        "names or ends of names of modules that train in full beside the adapter, such as [embed_tokens, lm_head]; a "
+        "reward model's head always does",
+    )
+    use_rslora: bool | None = setting(
+        None,
+        "scale adapters by lora_alpha / √r instead (rsLoRA: higher ranks keep learning as fast; lora, dora, qlora); "
+        "null: false",
+    )
+    init_lora_weights: Literal["pissa", "olora"] | None = setting(
+        None,
+        "what lora and qlora start from. pissa: the largest singular values and vectors of each weight; olora: its QR "
+        "decomposition. The model computes the same as before at the start either way; null: one random matrix and one "
+        "of zeros",
     )
 
 
@@ -129,7 +154,14 @@ class ModelSettings(Section):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more compute"
     )
-    peft: PeftSettings | None = setting(None, "train adapters instead of all weights; null: train all weights")
+    peft: PeftSettings | None = setting(
+        None, "train adapters instead of all weights; null: train all weights. sft, rm, ppo and dpo can change it"
+    )
+    adapter: str | None = setting(
+        None,
+        "folder of an adapter that peft saved (adapter_config.json, adapter_model.safetensors); `base` merges it into "
+        "the model of name_or_path, which it must have been trained on",
+    )
 
     @field_validator("publish_dtype", mode="before")
     @classmethod

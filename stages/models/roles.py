@@ -148,13 +148,21 @@ class RoleFolders:
     """The reward model that PPO does not climb, or None."""
     has_value_model: bool = True
     """Whether a value model is loaded."""
+    value_continues: bool = True
+    """Whether the value model continues the adapter of the first reward model.
+
+    Otherwise rm and ppo train other adapters, and it gets one of its own, on that model's merged
+    weights."""
     reference: Path | None = None
     """The reference; None: the policy at its start."""
 
     @property
     def trunk(self) -> Path | None:
         """The trunk that the value model's adapter is on; None if it is not known."""
-        return self.reward_models[0].trunk if self.reward_models else self.policy
+        if not self.reward_models:
+            return self.policy
+        first = self.reward_models[0]
+        return first.trunk if self.value_continues else first.folder.path
 
 
 @dataclass(frozen=True)
@@ -219,13 +227,16 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
         """Return what loads a scalar model whose adapter is on a trunk."""
         return partial(load_on_trunk, trunk=trunk if adapter.method is not None else None, bits=adapter.bits)
 
+    start = None if adapter.start is None else adapter
+
     def load_value_start(trains: bool = False) -> nn.Module:
         """Load the first reward model; without one, the policy with a new head."""
         if not folders.reward_models:
             return fit_rows(new_reward_model(folders.policy, seed=options.value_seed, **loading), ids)
         first = folders.reward_models[0]
-        more = {"trains": True} if trains else {}
-        return fit_rows(load_scalar(first.trunk)(first.folder.path, **more, **loading), ids)
+        more = {"trains": True, "start": start} if trains else {}
+        trunk = first.trunk if folders.value_continues else None
+        return fit_rows(load_scalar(trunk)(first.folder.path, **more, **loading), ids)
 
     def load_value_model() -> nn.Module:
         model = load_value_start(trains=True)

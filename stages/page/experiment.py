@@ -84,15 +84,20 @@ def number_of(recorded: dict[str, Any]) -> int:
 def adapter(manifests: dict[str, Manifest]) -> str:
     """Say which weights are trained: all of them, or those of an adapter."""
     adapters = [peft for _, manifest in ordered(manifests) if (peft := section(manifest, "model").get("peft"))]
-    if not adapters:
-        return "all weights, no adapter"
-    peft = adapters[0]
-    parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
-    method = peft.get("method", "lora")
-    where = (
-        "beside the base model in each published folder" if method in IN_PLACE else "merged into each published model"
-    )
-    return f"adapter {method}: {', '.join(parts)}; {where}"
+    others = {stage: peft for stage, manifest in ordered(manifests) if (peft := section(manifest, stage).get("peft"))}
+    text = "all weights, no adapter"
+    if adapters:
+        peft = adapters[0]
+        parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
+        method = peft.get("method", "lora")
+        in_place = method in IN_PLACE
+        where = "beside the base model in each published folder" if in_place else "merged into each published model"
+        text = f"adapter {method}: {', '.join(parts)}; {where}"
+    for stage, peft in others.items():
+        keys = peft.items() if isinstance(peft, dict) else ()
+        parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]
+        text += f"; {stage}: {', '.join(parts) or 'all weights'}"
+    return text
 
 
 def hardware(manifests: dict[str, Manifest]) -> list[str]:

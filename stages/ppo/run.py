@@ -175,7 +175,7 @@ def set_up(
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
     folders = role_folders(start, provenance.inputs, experiment, trust_remote_code=runtime.trust_remote_code)
-    roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
+    roles = load_models(session, folders, runtime, adapter_settings(provenance.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
     spec = engine_spec(

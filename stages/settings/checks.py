@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
 from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.stage import Source
+from stages.settings.peft import peft_of
 from stages.settings.training import batch_of_each
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def prefix_tokens(experiment: "Experiment", stage: str) -> int:
         experiment: The validated experiment.
         stage: The stage; `base` trains no prefix.
     """
-    peft = experiment.model.peft
+    peft = peft_of(experiment, stage)
     if peft is None or peft.method != "prefix_tuning" or stage == "base":
         return 0
     return peft.num_virtual_tokens or PREFIX_TOKENS

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class DPOSettings(PreferenceTraining):
         0.0, "assumed fraction of flipped labels (only with sigmoid and robust)", ge=0, lt=0.5
     )
     sample_tokens: int = setting(48, "length of the samples kept in samples.jsonl; 0: none", "tokens", ge=0)
+    peft: StagePeft = peft_setting()
 
     def losses(self) -> dict[str, float]:
         """Return the weight of each loss."""
@@ -63,7 +65,7 @@ def needs(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    settings, lines = experiment.dpo, over_context(experiment, "dpo")
+    settings, lines = experiment.dpo, over_context(experiment, "dpo") + stage_problems(experiment, "dpo")
     names = settings.loss_type
     if not names or len(set(names)) < len(names):
         lines.append(f"dpo.loss_type: {names} is empty or names a loss twice; name each loss once")
@@ -79,7 +81,7 @@ def check(experiment: "Experiment") -> list[str]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "dpo")
+    return missing_package(experiment, "dpo") + over_folder_context(experiment, "dpo")
 
 
 def run(ctx: "StageRun[DPOSettings, Experiment]") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
 from stages.settings.rounds import start_problems
@@ -213,6 +214,7 @@ class PPOSettings(Section):
         0.1, "fraction of its first value below which the entropy raises an alarm", ge=0, lt=1
     )
     on_alarm: Literal["warn", "stop"] = setting("warn", "what to do on an alarm; stop: save a checkpoint and exit 3")
+    peft: StagePeft = peft_setting()
 
     def schedule(self, updates: int) -> Schedule:
         """Return the policy's learning rate as a function of the update, for that many updates."""
@@ -296,7 +298,7 @@ def named_rewards(settings: PPOSettings) -> list[tuple[str, str, ScorerSection]]
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     settings = experiment.ppo
-    lines = batch_problems(settings)
+    lines = batch_problems(settings) + stage_problems(experiment, "ppo")
     lines += no_room_for_prompt(experiment, "ppo")
     lines += over_context(experiment, "ppo", *text_lengths(settings))
     if settings.ptx_coef and ptx_batch_size(settings) < 1:
@@ -393,8 +395,9 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks."""
-    lines = missing_engine(experiment, "ppo") + missing_of_scorers("ppo.rewards", experiment.ppo.rewards or [])
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    lines = missing_package(experiment, "ppo") + missing_engine(experiment, "ppo")
+    lines += missing_of_scorers("ppo.rewards", experiment.ppo.rewards or [])
     return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
 from stages.settings.rounds import start_problems
 from stages.settings.training import ACCUMULATION, PreferenceTraining
@@ -70,6 +71,7 @@ class RMSettings(PreferenceTraining):
         "new head",
     )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
+    peft: StagePeft = peft_setting()
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -87,7 +89,7 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = over_context(experiment, "rm"), experiment.rm
+    lines, settings = over_context(experiment, "rm") + stage_problems(experiment, "rm"), experiment.rm
     lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
@@ -103,8 +105,8 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "rm")
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    return missing_package(experiment, "rm") + over_folder_context(experiment, "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:

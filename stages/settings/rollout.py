@@ -9,6 +9,7 @@ from pydantic import field_validator
 
 from pipeline.config.checks import IN_PLACE
 from pipeline.config.section import Section, setting
+from stages.settings.peft import peft_of
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -111,7 +112,7 @@ def no_vllm(method: str) -> str:
 
 def hand_over_problems(experiment: "Experiment") -> list[str]:
     """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
-    launch, peft, lines = experiment.launch.vllm, experiment.model.peft, []
+    launch, peft, lines = experiment.launch.vllm, peft_of(experiment, "ppo"), []
     if not uses_vllm(experiment, "ppo"):
         return []
     if peft is not None and peft.method in IN_PLACE:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.section import Section, setting
+from stages.settings.peft import peft_of
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -68,11 +69,10 @@ def check(experiment: "Experiment") -> list[str]:
     lines = []
     if not section.demonstrations + section.rankings + section.prompts:
         lines.append("rounds.prompts: demonstrations, rankings and prompts are all 0; give at least one a share")
-    if experiment.model.peft is not None:
-        if section.reward_model_from != "sft":
-            lines.append(f"rounds.reward_model_from: {NO_ADAPTER}; use sft")
-        if section.policy_from != "sft":
-            lines.append(f"rounds.policy_from: {NO_ADAPTER}; use sft")
+    if peft_of(experiment, "rm") is not None and section.reward_model_from != "sft":
+        lines.append(f"rounds.reward_model_from: {NO_ADAPTER}; use sft")
+    if peft_of(experiment, "ppo") is not None and section.policy_from != "sft":
+        lines.append(f"rounds.policy_from: {NO_ADAPTER}; use sft")
     return lines
 
 
@@ -90,7 +90,7 @@ def start_problems(experiment: "Experiment", stage: str, folder: str | None) -> 
     if folder is None:
         return []
     key = f"{stage}.start_from"
-    if experiment.model.peft is not None:
+    if peft_of(experiment, stage) is not None:
         return [f"{key}: {NO_ADAPTER}; use null"]
     if not (Path(folder).expanduser() / "config.json").is_file():
         what = "reward model" if stage == "rm" else "policy"

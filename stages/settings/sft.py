@@ -1,13 +1,12 @@
 """Declare the stage sft: its settings, metrics, inputs and checks."""
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from data.turns import Turns
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
-from stages.models.packages import MISSING
 from stages.settings.checks import check_data, over_context, over_folder_context, uneven_batches
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.training import ACCUMULATION, TOO_LONG_ROW, TooLong, Training
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ class SFTSettings(Training):
         None, "{}: also train ppo_init/, from which PPO then starts; null: PPO starts from model/"
     )
     sample_tokens: int = setting(48, "length of the samples kept in samples.jsonl; 0: none", "tokens", ge=0)
+    peft: StagePeft = peft_setting()
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -75,19 +75,12 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    return over_context(experiment, "sft") + uneven_batches(experiment, "sft")
+    return over_context(experiment, "sft") + uneven_batches(experiment, "sft") + stage_problems(experiment, "sft")
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks.
-
-    sft is the first stage that needs the package of QLoRA.
-    """
-    lines = []
-    peft = experiment.model.peft
-    if peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None:
-        lines.append(MISSING)
-    return lines + over_folder_context(experiment, "sft")
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    return missing_package(experiment, "sft") + over_folder_context(experiment, "sft")
 
 
 def run(ctx: "StageRun[SFTSettings, Experiment]") -> dict[str, Any]:

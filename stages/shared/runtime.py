@@ -232,6 +232,11 @@ def adapter_settings(model_section: Any) -> AdapterSettings:
         num_virtual_tokens=peft.num_virtual_tokens or PREFIX_TOKENS,
         prefix_projection=bool(peft.prefix_projection),
         encoder_hidden_size=peft.encoder_hidden_size,
+        exclude_modules=peft.exclude_modules,
+        layers_to_transform=peft.layers_to_transform,
+        modules_to_save=tuple(peft.modules_to_save or ()),
+        use_rslora=bool(peft.use_rslora),
+        start=peft.init_lora_weights,
     )
 
 

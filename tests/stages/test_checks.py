@@ -148,7 +148,7 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
         (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards each weight by "),
         (
             ("model.peft.bottleneck_size=8",),
-            "model.peft.bottleneck_size: 8 has no effect with method lora; use houlsby, pfeiffer, parallel_adapter, or",
+            "model.peft.bottleneck_size: 8 has no effect with method lora; use houlsby or pfeiffer or parallel_ad",
         ),
         (
             ("model.peft.method=houlsby", "model.peft.num_virtual_tokens=8"),
