@@ -20,6 +20,7 @@ from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.soft_prompts import soft_prompt_of
 from stages.settings.checks import prefix_tokens
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
@@ -60,8 +61,10 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, data.train
     if config.ppo_init is not None:
         labels = data.train.labels()
-        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, ctx.seed)
-        mixed_rows = data.train.with_texts(text)
+        soft_prompt = soft_prompt_of(source)
+        length = config.max_length - len(soft_prompt)
+        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, length, ctx.seed)
+        mixed_rows = data.train.with_texts(text, soft_prompt)
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
         )
@@ -127,7 +130,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
 
 
 def pretraining_rows(
-    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, seed: int
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, length: int, seed: int
 ) -> list[list[int]]:
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
@@ -137,16 +140,17 @@ def pretraining_rows(
         source: Where the documents are.
         fraction: Fraction of the documents that is held out.
         tokenizer: The tokenizer.
-        demonstrations: The rows to mix with.
+        labels: Labels of the rows to mix with.
+        length: Tokens of a row.
         seed: The experiment's seed.
     """
     train, _ = split_documents(source, fraction)
-    rows = wrap_documents(tokenizer, train, length=config.max_length)
+    rows = wrap_documents(tokenizer, train, length=length)
     if not rows:
-        problem = f"fewer than sft.max_length = {config.max_length} tokens of pretraining text"
+        problem = f"fewer than {length} tokens (a row as long as sft.max_length) of pretraining text"
         raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
-    count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token has no label
+    count = max(1, round(labels * share / (1 - share) / (length - 1)))  # a row's first token has no label
     order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
     return [rows[i] for i in order]
 

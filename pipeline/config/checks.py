@@ -27,17 +27,12 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@|[?&](write_)?(token|key)=")
 
-# Adapter methods that no stage can train, and why.
-IN_FRONT = (
-    "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
-    "weights that plain transformers can load"
-)
-REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "p_tuning": IN_FRONT}
 # Methods whose adapters stay in the model.
 BOTTLENECKS, PREFIX = ("houlsby", "pfeiffer", "parallel_adapter"), ("prefix_tuning",)
 IN_PLACE = (*BOTTLENECKS, *PREFIX)
 PREFIX_TOKENS = 20  # of a prefix, unless model.peft.num_virtual_tokens says otherwise
 
+SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
@@ -52,9 +47,12 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "bottleneck_size": BOTTLENECKS,
     "bottleneck_activation": BOTTLENECKS,
     "bottleneck_scale": BOTTLENECKS,
-    "num_virtual_tokens": PREFIX,
     "prefix_projection": PREFIX,
-    "encoder_hidden_size": PREFIX,
+    "num_virtual_tokens": (*SOFT, *PREFIX),
+    "prompt_tuning_init": SOFT,
+    "prompt_tuning_init_text": SOFT,
+    "encoder_reparameterization_type": ("p_tuning",),
+    "encoder_hidden_size": ("p_tuning", *PREFIX),
 }
 
 Problem = tuple[tuple, str]
@@ -237,13 +235,9 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
         place: The key that they stand under: "model.peft", or that of a stage.
     """
     method, problems = peft.method, []
-    if method in REFUSED_METHODS:
-        problems.append(
-            f"{place}.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit or qlora"
-        )
     for key, methods in OF_METHODS.items():
         value = getattr(peft, key)
-        if value != PeftSettings.model_fields[key].default and method not in (*methods, *REFUSED_METHODS):
+        if value != PeftSettings.model_fields[key].default and method not in methods:
             problems.append(
                 f"{place}.{key}: {value} has no effect with method {method}; use {' or '.join(methods)}, or leave it "
                 f"out"
@@ -257,7 +251,7 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
             f"{place}.encoder_hidden_size: {peft.encoder_hidden_size} has no effect without the MLP; set "
             f"prefix_projection: true, or leave it out"
         )
-    return problems + layer_problems(peft, place)
+    return problems + layer_problems(peft, place) + soft_prompt_problems(peft, place)
 
 
 def layer_problems(peft: PeftSettings, place: str) -> list[str]:
@@ -282,6 +276,17 @@ def layer_problems(peft: PeftSettings, place: str) -> list[str]:
             f"{place}.layers_to_transform: has no effect beside an expression in target_modules; let the expression "
             f"name the layers, or list names there"
         )
+    return problems
+
+
+def soft_prompt_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line where a soft prompt's start and its text do not fit; arguments as above."""
+    problems = []
+    text, init = peft.prompt_tuning_init_text, peft.prompt_tuning_init
+    if init == "text" and text is None:
+        problems.append(f"{place}.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
+    elif init not in (None, "text") and text is not None:
+        problems.append(f"{place}.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
     return problems
 
 

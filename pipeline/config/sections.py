@@ -51,7 +51,7 @@ class PeftSettings(Section):
         "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases), "
         "qlora (lora on a quantized base model), prefix_tuning (keys and values before the text in every layer), "
         "houlsby, pfeiffer or parallel_adapter (bottlenecks behind attention and MLP, behind the MLP, beside the MLP); "
-        "prompt_tuning and p_tuning are refused with the reason",
+        "prompt_tuning and p_tuning train input vectors that the chat template begins with",
     )
     r: int = setting(
         16, "rank of the adapter matrices (lora, dora, qlora; for adalora the final rank, on average)", ge=1
@@ -84,16 +84,33 @@ class PeftSettings(Section):
     bottleneck_scale: float | None = setting(
         None, "factor of a bottleneck adapter's output; null: 1, and 4 for parallel_adapter as in its paper", gt=0
     )
-    num_virtual_tokens: int | None = setting(
-        None, "tokens that prefix_tuning has keys and values for; null: 20", "tokens", ge=1
-    )
     prefix_projection: bool | None = setting(
         None,
         "whether the first stage computes the prefix with an MLP (Li & Liang 2021), of which later stages train only "
         "the output; null: false, the keys and values themselves train (P-tuning v2)",
     )
+    num_virtual_tokens: int | None = setting(
+        None,
+        "length of the soft prompt of prompt_tuning and p_tuning, or of the prefix of prefix_tuning; null: 20",
+        "tokens",
+        ge=1,
+    )
+    prompt_tuning_init: Literal["text", "sample_vocab", "random"] | None = setting(
+        None,
+        "what the soft prompt starts as: the embeddings of a text, of tokens drawn from the vocabulary, or random "
+        "vectors of their spread; null: text if one is given, otherwise sample_vocab",
+    )
+    prompt_tuning_init_text: str | None = setting(
+        None, "text that the soft prompt starts as, repeated or cut to its length"
+    )
+    encoder_reparameterization_type: Literal["mlp", "lstm"] | None = setting(
+        None, "network whose output p_tuning adds to the soft prompt while it trains; null: mlp"
+    )
     encoder_hidden_size: int | None = setting(
-        None, "width of that MLP; null: the width of a layer's keys", "units", ge=1
+        None,
+        "width of that network, or of prefix_tuning's MLP; null: the width of the model, or of a layer's keys",
+        "units",
+        ge=1,
     )
     exclude_modules: str | list[str] | None = setting(
         None, "layers that get no adapter although target_modules names them, in the same notation"

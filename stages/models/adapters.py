@@ -2,6 +2,7 @@
 
 LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters of peft. QLoRA
 (Dettmers 2023) is LoRA on a quantized model. BitFit (Ben Zaken 2021) trains the model's own biases.
+Prompt tuning and P-tuning train rows of its embedding (`soft_prompts.py`).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from stages.models.prefix import add_prefix, prefix_shape
 from stages.models.principal import restore_start, start_from, write_as_lora
 from stages.models.publish import edit_json, save_model
 from stages.models.quantized import dequantize, quantize
+from stages.models.soft_prompts import SoftPrompt, merge_soft_prompt, train_soft_prompt
 from stages.models.targets import Choice, layer_options, modules_in_full, trains_ends, trains_tied
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
@@ -61,6 +63,8 @@ class AdapterSettings:
     """Whether an MLP computes the prefix while it trains."""
     encoder_hidden_size: int | None = None
     """Width of that MLP; None: the width of the keys of a layer."""
+    soft_prompt: SoftPrompt | None = None
+    """The soft prompt of prompt tuning and P-tuning; None for other methods."""
     exclude_modules: str | list[str] | None = None
     """Layers that get no adapter, in the notation of target_modules."""
     layers_to_transform: list[int] | None = None
@@ -97,8 +101,8 @@ def with_adapter(
             a policy whose reference that is.
 
     Returns:
-        The model itself (all weights, its biases, or an adapter that stays in it train) or a
-        PeftModel, in eval mode.
+        The model itself (all weights, its biases, its soft prompt, or an adapter that stays in it
+        train) or a PeftModel, in eval mode.
 
     Raises:
         UserError: The method does not fit this model.
@@ -108,6 +112,9 @@ def with_adapter(
         return model
     if settings.method in IN_PLACE:
         return with_adapter_in_place(model, settings, scalar=scalar, seed=seed, exact=exact)
+    if settings.soft_prompt is not None:
+        train_soft_prompt(model, settings.soft_prompt, seed, list(score_head(model).parameters()) if scalar else [])
+        return model.eval()
     config = adapter_config(model, settings, scalar=scalar, new_tokens=new_tokens)
     if config is None:
         return model
@@ -458,8 +465,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     weights that it computed with. Weights that other models share stay as they are. A copy without
     weights (`sharding.publishable` on other ranks) has nothing to merge.
     """
-    if not is_adapted(model) or not next(model.parameters()).numel():
+    if not next(model.parameters()).numel():
         return unwrapped(model)
+    if not is_adapted(model):
+        return merge_soft_prompt(model)
     dequantize(model)
     return model.merge_and_unload(safe_merge=True)
 

@@ -93,6 +93,9 @@ def adapter(manifests: dict[str, Manifest]) -> str:
         in_place = method in IN_PLACE
         where = "beside the base model in each published folder" if in_place else "merged into each published model"
         text = f"adapter {method}: {', '.join(parts)}; {where}"
+        if peft.get("method") in ("prompt_tuning", "p_tuning"):
+            length = peft.get("num_virtual_tokens") or 20
+            text = f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
     for stage, peft in others.items():
         keys = peft.items() if isinstance(peft, dict) else ()
         parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]

@@ -9,7 +9,7 @@ from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
 from stages.settings.rounds import start_problems
-from stages.settings.training import ACCUMULATION, PreferenceTraining
+from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -19,6 +19,7 @@ METRICS = {
     "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
     "over all held-out pairs; equal scores count half)",
     "margin": "mean score difference between the preferred and the other response",
+    **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
@@ -38,8 +39,10 @@ class RMSettings(PreferenceTraining):
         gt=0,
     )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
-    loss_type: Literal["sigmoid", "plackett_luce"] = setting(
-        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
+    loss_type: Literal["sigmoid", "plackett_luce", "davidson", "davidson_luce"] = setting(
+        "sigmoid",
+        "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order; davidson and "
+        "davidson_luce: the same two with ties, which sigmoid and plackett_luce leave out",
     )
     ranking_weight: Literal["equal", "choices"] = setting(
         "equal",
@@ -95,7 +98,7 @@ def check(experiment: "Experiment") -> list[str]:
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
-    return lines
+    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.strategy == "fsdp2")
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:

@@ -15,6 +15,7 @@ from pipeline.config.sections import is_hub_id
 from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
+from stages.shared.runtime import soft_prompt_settings
 from stages.shared.source_words import parts_of, reading_words, recorded_rows, short_name
 
 ANSWER = """\
@@ -83,6 +84,14 @@ The base model is in `base/`; what was trained are bottleneck adapters ({method}
 which peft does not have. `stages.models.loading.{loader}(folder)` of rlhf-pipeline loads both; transformers and peft
 alone stop here.
 """
+SOFT_PROMPT = """\
+## Soft prompt
+
+The chat template begins with {count} tokens, `<|soft_prompt_0|>` and so on, whose embeddings were trained; all other
+weights of the language model are the base model's. They are read and never answered: `generate` leaves them out
+(`suppress_tokens` of `generation_config.json`). Other programs have to be told their ids, `soft_prompt_ids` of
+`config.json`, for example in vLLM as a `logit_bias` of -100 each.
+"""
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
@@ -145,6 +154,7 @@ def card_text(provenance: Provenance, card: ModelCard) -> str:
             "\n"
         ),
         adapter_lines(card.adapter, is_scalar).lstrip("\n"),
+        soft_prompt_lines(provenance),
         origin_lines(provenance, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
@@ -189,6 +199,12 @@ def in_place_lines(method: str, is_scalar: bool) -> str:
     auto = "AutoModelForSequenceClassification" if is_scalar else "AutoModelForCausalLM"
     text = PREFIX_USE if method == "prefix_tuning" else BOTTLENECK_USE
     return text.format(method=method, loader=loader, auto=auto, more=", num_labels=1" if is_scalar else "")
+
+
+def soft_prompt_lines(provenance: Provenance) -> str:
+    """Return the lines about the tokens of a soft prompt; "" without one."""
+    soft_prompt = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
+    return "" if soft_prompt is None else SOFT_PROMPT.format(count=soft_prompt.count)
 
 
 # -- origin --------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def adapter_base(provenance: Provenance, folder: Path, source: Path) -> tuple[st
     from stages.models.adapters import FOLDER, name_of_base
 
     peft = provenance.model.peft
-    if peft is None or peft.method in ("bitfit", *IN_PLACE):
+    if peft is None or peft.method in ("bitfit", "prompt_tuning", "p_tuning", *IN_PLACE):  # nothing beside the weights
         return None
     base, name = provenance.manifests.get("base"), provenance.model.name_or_path
     is_base = base is not None and source.parent == provenance.inputs["base"]

@@ -18,6 +18,7 @@ from stages.settings.checks import context_of, too_long_for
 
 if TYPE_CHECKING:  # a session is made with this module, and models load torch
     from stages.models.adapters import AdapterSettings
+    from stages.models.soft_prompts import SoftPrompt
     from stages.training.session import Session
 
 
@@ -237,6 +238,24 @@ def adapter_settings(model_section: Any) -> AdapterSettings:
         modules_to_save=tuple(peft.modules_to_save or ()),
         use_rslora=bool(peft.use_rslora),
         start=peft.init_lora_weights,
+        soft_prompt=soft_prompt_settings(peft),
+    )
+
+
+def soft_prompt_settings(peft: Any) -> SoftPrompt | None:
+    """Return what the section `model.peft` says of a soft prompt; None for other methods."""
+    from stages.models.soft_prompts import COUNT, SOFT_METHODS, SoftPrompt
+
+    if peft.method not in SOFT_METHODS:
+        return None
+    usual = "sample_vocab" if peft.prompt_tuning_init_text is None else "text"
+    return SoftPrompt(
+        method=peft.method,
+        count=peft.num_virtual_tokens or COUNT,
+        init=peft.prompt_tuning_init or usual,
+        init_text=peft.prompt_tuning_init_text,
+        encoder=peft.encoder_reparameterization_type or "mlp",
+        encoder_hidden_size=peft.encoder_hidden_size,
     )
 
 

@@ -71,7 +71,9 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         adapter = AdapterSettings() if stage == "base" else adapter_settings(model_of(experiment, stage))
         return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
 
-    head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
+    is_small = config.get_text_config().vocab_size <= SMALL_VOCABULARY
+    soft_prompt = adapter_settings(model_of(experiment, "sft")).soft_prompt
+    head = "logits" if is_small or soft_prompt is not None else "text"
     for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
         c = getattr(experiment, stage)
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)

@@ -25,6 +25,7 @@ from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
+from stages.models.soft_prompts import soft_prompt_ids, trains_soft_prompt, without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
@@ -38,10 +39,10 @@ from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks
 from stages.training.text_trainers import (
     no_routers,
     saving_on_rank_zero,
-    saving_what_trains,
     with_current_settings,
     with_plain_loss,
     with_sharding,
+    with_trained_weights,
 )
 
 SMALL_VOCABULARY = 8192
@@ -151,7 +152,7 @@ def train_language_model(
             check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
-    has_adapter = is_adapted(trainer.model) or method_in(unwrapped(trainer.model)) is not None
+    has_adapter = is_adapted(trainer.model) or stays_in_model(trainer.model)
     if has_adapter and runtime.dtype == "bfloat16":
         cast_frozen(trainer.model, torch.bfloat16)
     if task.announce is not None and phase.first == 0:
@@ -179,6 +180,11 @@ def train_language_model(
     model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
     unwrapped(model).config.use_cache = False
     return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
+
+
+def stays_in_model(model: nn.Module) -> bool:
+    """Return whether what trains is an adapter or a soft prompt inside the model itself."""
+    return trains_soft_prompt(model) or method_in(unwrapped(model)) is not None
 
 
 def trainer_arguments(
@@ -251,15 +257,13 @@ def make_trainer(
 
     if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(unwrapped(model)).__name__))
-    trainer_class = SFTTrainer
-    if method_in(unwrapped(model)) is not None:
-        trainer_class = saving_what_trains(trainer_class)
+    trainer_class = with_trained_weights(SFTTrainer) if stays_in_model(model) else SFTTrainer
     if sharded:
         trainer_class = with_sharding(trainer_class)
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or soft_prompt_ids(model):
         trainer_class = with_plain_loss(trainer_class)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
@@ -369,7 +373,7 @@ def held_out_loss(
         batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
-            logits = model(**batch, use_cache=False).logits[:, :-1]
+            logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])
         if is_own:
             # Divided by 1, it is a sum: the mean below then weighs every label alike.
             total += language_model_loss(logits, labels, 1.0).item()

@@ -21,6 +21,7 @@ BEFORE = {
     "dpo": "sft/model",
 }  # the model that each begins with
 ANY_LINEAR = r"_proj\.weight$"
+EMBEDDING = r"embed_tokens\.weight$"
 CHANGES = {
     "lora": ANY_LINEAR,
     "dora": ANY_LINEAR,
@@ -29,6 +30,8 @@ CHANGES = {
     "bitfit": r"\.bias$",
     "qlora, bits: 4": ANY_LINEAR,
     "qlora, bits: 8": ANY_LINEAR,
+    "prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init_text: What is the fox": EMBEDDING,
+    "p_tuning, num_virtual_tokens: 4, encoder_reparameterization_type: lstm": EMBEDDING,
     "lora, use_rslora: true, target_modules: '.*[qv]_proj'": r"[qv]_proj\.weight$",
     "lora, init_lora_weights: pissa": ANY_LINEAR,
     "lora, init_lora_weights: olora, exclude_modules: [k_proj]": r"(?<!k)_proj\.weight$",
@@ -131,7 +134,12 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert changed - {"score.weight"}, "nothing was trained"
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
-        assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit")
+        is_soft = CHANGES[method] == EMBEDDING
+        assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit" and not is_soft)
+        if is_soft:
+            ids = json.loads((chain / "micro" / stage / "model" / "config.json").read_text())["soft_prompt_ids"]
+            rows = [(before[n] != after[n]).any(-1).nonzero().flatten().tolist() for n in changed if "embed" in n]
+            assert len(ids) == 4 and rows == [ids]
         if method.startswith("lora") or bits_of(method):
             linear = [n for n in changed if re.search(ANY_LINEAR, n)]
             rank = 2 * RANK if "init_" in method else RANK

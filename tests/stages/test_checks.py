@@ -152,7 +152,7 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
         ),
         (
             ("model.peft.method=houlsby", "model.peft.num_virtual_tokens=8"),
-            "model.peft.num_virtual_tokens: 8 has no effect with method houlsby; use prefix_tuning, or leave",
+            "model.peft.num_virtual_tokens: 8 has no effect with method houlsby; use prompt_tuning or p_",
         ),
         (
             (*PREFIX, "model.peft.encoder_hidden_size=8"),
@@ -167,7 +167,26 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             ("model.peft.method=houlsby", "ppo.rollout.engine=vllm"),
             "ppo.rollout.engine: vllm runs its own code of the model, which has no place for the adapter of houlsby",
         ),
-        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that are put before a prompt; "),
+        (
+            ("model.peft.num_virtual_tokens=8",),
+            "model.peft.num_virtual_tokens: 8 has no effect with method lora; use prompt_tuning or p_tuning or prefix",
+        ),
+        (
+            ("model.peft.method=prompt_tuning", "model.peft.encoder_hidden_size=8"),
+            "model.peft.encoder_hidden_size: 8 has no effect with method prompt_tuning; use p_tuning or prefix_",
+        ),
+        (
+            ("model.peft.method=p_tuning", "model.peft.prompt_tuning_init=text"),
+            "model.peft.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text",
+        ),
+        (
+            (
+                "model.peft.method=p_tuning",
+                "model.peft.prompt_tuning_init=random",
+                "model.peft.prompt_tuning_init_text=Answer",
+            ),
+            "model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init random; use text",
+        ),
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
     ],
 )
