@@ -21,6 +21,7 @@ from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.soft_prompts import soft_prompt_of
+from stages.settings.checks import prefix_tokens
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
@@ -45,7 +46,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
-    check_context(session, config, source)
+    check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction = ctx.experiment.data.validation_fraction
     given = Given(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.chain import wanted_stages
 from stages.settings import evaluate, ppo
-from stages.settings.checks import folder_context, too_long_for
+from stages.settings.checks import folder_context, prefix_tokens, too_long_for
 from stages.settings.experiment import STAGES
 from stages.settings.reward_base import has_own_base, trains_sft, with_own_base
 
@@ -45,7 +45,8 @@ def lengths_over_context(experiment: "Experiment", artifacts: str | Path = "arti
     lines = []
     for stage, names in lengths.items():
         if stage in wanted:
-            lines += too_long_for(context, getattr(experiment, stage), stage, *names)
+            ahead = prefix_tokens(experiment, stage)
+            lines += too_long_for(context, getattr(experiment, stage), stage, *names, ahead=ahead)
     return lines + of_rm
 
 
@@ -62,7 +63,7 @@ def lengths_over_own_base(experiment: "Experiment", artifacts: str | Path) -> li
     context = folder_context(seen.model.name_or_path)
     if context is None:
         context = folder_context(str(Path(artifacts) / experiment.name / "rm_base" / "model"))
-    lines = too_long_for(context, seen.rm, "rm")
+    lines = too_long_for(context, seen.rm, "rm", ahead=prefix_tokens(experiment, "rm"))
     if trains_sft(experiment):
-        lines += too_long_for(context, seen.sft, "rm.base.sft")
+        lines += too_long_for(context, seen.sft, "rm.base.sft", ahead=prefix_tokens(experiment, "sft"))
     return lines

@@ -177,7 +177,9 @@ def of_ppo(
     shares = sharers(experiment)
     weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
     weights += scalar * (c.held_out_reward_model is not None)
-    weights += sizes.frozen["policy"] * (not sizes.adapted)  # the reference
+    if not sizes.adapted:  # the reference is a model of its own, which shares what does not train
+        own = sizes.frozen["policy"]
+        weights += own if shares > 1 else min(own, policy)
     for _, _, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue

@@ -20,6 +20,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adalora import adamw_for
+from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
@@ -169,7 +170,8 @@ def train_language_model(
             check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
-    if (is_adapted(trainer.model) or trains_soft_prompt(trainer.model)) and runtime.dtype == "bfloat16":
+    has_adapter = is_adapted(trainer.model) or stays_in_model(trainer.model)
+    if has_adapter and runtime.dtype == "bfloat16":
         cast_frozen(trainer.model, torch.bfloat16)
     if task.announce is not None and phase.first == 0:
         task.announce(trainer.model)
@@ -214,6 +216,11 @@ def check_model(model: nn.Module, optimization: Optimization) -> None:
         check_residual_dropout(model)
     if optimization.packing:
         check_packing(model)
+
+
+def stays_in_model(model: nn.Module) -> bool:
+    """Return whether what trains is an adapter or a soft prompt inside the model itself."""
+    return trains_soft_prompt(model) or method_in(unwrapped(model)) is not None
 
 
 def trainer_arguments(
@@ -288,7 +295,7 @@ def make_trainer(
 
     if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(unwrapped(model)).__name__))
-    trainer_class = with_trained_weights(SFTTrainer) if trains_soft_prompt(model) else SFTTrainer
+    trainer_class = with_trained_weights(SFTTrainer) if stays_in_model(model) else SFTTrainer
     if sharded:
         trainer_class = with_sharding(trainer_class)
     elif parallel.rank_and_world_size()[1] > 1:
