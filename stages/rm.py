@@ -7,6 +7,8 @@ forward pass over the prompt and its K responses, so each response contributes t
 (With loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias
 makes the demonstrations score 0 on average: `reward_bias` in config.json.
 
+With rm.start_from the models start as a reward model that is there, head and all.
+
 Where rankings were kept for it (rankings.judge_fraction), one more model learns from those alone:
 judge/model, with as many passes over its rankings as the others make over theirs. No policy climbs
 it, so evaluate judges by it. With rm.held_out, a model of another seed learns from the rankings of
@@ -38,7 +40,8 @@ from stages.evaluation.trust import trust
 from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
-from stages.models.loading import load_tokenizer, new_reward_model
+from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
+from stages.models.same_tokenizer import check_same_tokenizer
 from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
 from stages.settings.experiment import Experiment
@@ -134,8 +137,11 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
         # 1 the policy's trunk, a new scalar head
-        make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), member_seed(ctx.seed, k))
+        seed = member_seed(ctx.seed, k)
+        start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
+        make = partial(make_model, source, runtime, adapter_settings(ctx.experiment.model), seed, start)
         model = place_model(make, runtime, config.max_length)
+        ctx.confirm_folders()
         trainee = trainee_of(config, model, plan[k], config.head_learning_rate)
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
@@ -348,7 +354,9 @@ def member_seed(seed: int, k: int) -> int:
     return derive_seed(seed, "member", k) if k else seed
 
 
-def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int) -> nn.Module:
+def make_model(
+    source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int, start: str | None = None
+) -> nn.Module:
     """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
 
     Args:
@@ -356,7 +364,17 @@ def make_model(source: Path, runtime: Runtime, adapter: AdapterSettings, seed: i
         runtime: How the stage computes.
         adapter: As `adapter_settings` gives it.
         seed: Seed of the head and the adapter.
+        start: The folder of a reward model to start from instead; None: none.
+
+    Raises:
+        UserError: That folder is of another tokenizer.
     """
+    if start is not None:
+        folder, trust = Path(start).expanduser(), {"trust_remote_code": runtime.trust_remote_code}
+        check_same_tokenizer(load_tokenizer(source, **trust), load_tokenizer(folder, **trust), "rm.start_from")
+        model = load_scalar_model(folder, **runtime.load_options())
+        model.config.reward_bias = 0.0  # another one is measured at the end
+        return model
     model = new_reward_model(source, seed=seed, **runtime.load_options())
     return with_adapter(model, adapter, scalar=True, seed=seed)
 

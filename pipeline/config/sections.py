@@ -349,6 +349,21 @@ class TakenSettings(Section):
     artifacts: str | None = setting(None, "folder of that experiment's artifacts; null: the one of --artifacts")
 
 
+class RoundSettings(Section):
+    """Say which round of collecting and training this is; `rlhf round next` writes it."""
+
+    number: int = setting(..., "number of the round; the experiment without this section is round 1", ge=2)
+    earlier: list[str] = setting(..., "folders of the artifacts of the rounds before, the first one first")
+    folder: str = setting(..., "folder of what was gathered for this round")
+    digests: dict[str, str] = setting({}, "stage of the round before → the digest of its manifest, when this was made")
+
+    @model_validator(mode="after")
+    def _one_folder_a_round(self) -> "RoundSettings":
+        if len(self.earlier) != self.number - 1:
+            raise ValueError(f"earlier should name {self.number - 1} folders, one for each round before this one")
+        return self
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """Name the file and the overrides that an experiment was read from."""
@@ -370,6 +385,7 @@ class Common(Section):
         description="finished stages of another experiment, or a list of several experiments, that are used as if "
         "they were made here: {experiment: tiny, stages: [world, base, sft]}. They must be what this config would make",
     )
+    round: RoundSettings | None = setting(None, "round 2 and later ones: which it is; `rlhf round next` writes it")
     sweep: dict[str, Any] | None = setting(
         None,
         "values to try, one experiment for each combination: {ppo.kl_coef: [0.05, 0.1], seed: [0, 1]}; used by "
@@ -415,6 +431,7 @@ class Common(Section):
 
 COMMON: dict[str, type[Section]] = {
     "from": TakenSettings,
+    "round": RoundSettings,
     "model": ModelSettings,
     "data": DataSettings,
     "tracking": TrackingSettings,

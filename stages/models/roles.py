@@ -57,7 +57,7 @@ class Roles:
     policy: nn.Module
     """Trains."""
     ref_policy: nn.Module | None
-    """The policy at its start; None: the policy with its adapter off."""
+    """What KL is measured to: SFT. None: the policy with its adapter off."""
     reward_models: Mapping[str, nn.Module]
     """Name of a scorer → the model that scores. Frozen; each may be an Ensemble."""
     value_model: nn.Module | None
@@ -141,13 +141,15 @@ class RoleFolders:
     """Name the folders that the models of a PPO run are loaded from."""
 
     policy: Path
-    """Policy and reference."""
+    """The policy at its start."""
     reward_models: tuple[RewardFolder, ...] = ()
     """Reward models; the value model starts as the first of them."""
     judge: RewardFolder | None = None
     """The reward model that PPO does not climb, or None."""
     has_value_model: bool = True
     """Whether a value model is loaded."""
+    reference: Path | None = None
+    """The reference; None: the policy at its start."""
 
     @property
     def trunk(self) -> Path | None:
@@ -236,7 +238,17 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
 
     policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
-    ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
+
+    def load_reference() -> nn.Module:
+        path = folders.reference or folders.policy
+        model = load_policy(path, **loading)
+        if path != folders.policy:
+            check_same_tokenizer(load_tokenizer(path, **trust), tokenizer, str(folders.policy))
+            if model.get_input_embeddings().weight.shape[0] != ids:
+                raise UserError(f"{folders.policy}: has {ids} rows of embeddings, not as many as {path}; name another")
+        return model.requires_grad_(False)
+
+    ref_policy = None if is_adapted(policy) else place(load_reference)
     reward_models = {one.name: load_frozen(load_scalar(one.trunk), one) for one in folders.reward_models}
     value_model = place(load_value_model) if folders.has_value_model else None
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)

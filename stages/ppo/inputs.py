@@ -109,7 +109,7 @@ def role_folders(
     """Return where the models of a run are.
 
     Args:
-        start: Folder of the model that policy and reference start as.
+        start: Folder of the reference, and of the policy unless ppo.start_from names another.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
         trust_remote_code: Whether code that the models bring may run.
@@ -134,7 +134,11 @@ def role_folders(
         named = NamedFolder("ppo.held_out_reward_model", path)
         judge = RewardFolder("held_out", named, others=tuple(others_of(path)))
     return RoleFolders(
-        policy=start, reward_models=tuple(reward_models), judge=judge, has_value_model=has_value_model(c)
+        policy=start if c.start_from is None else Path(c.start_from).expanduser(),
+        reward_models=tuple(reward_models),
+        judge=judge,
+        has_value_model=has_value_model(c),
+        reference=start,
     )
 
 

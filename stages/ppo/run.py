@@ -180,7 +180,7 @@ def set_up(
     name = c.rollout.engine
     spec = engine_spec(
         name,
-        start,
+        folders.policy,
         runtime,
         experiment.launch,
         work=session.checkpoints.folder.parent,

@@ -9,6 +9,7 @@ from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
+from stages.settings.rounds import start_problems
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
 from stages.settings.scorers.scorer import (
@@ -185,6 +186,10 @@ class PPOSettings(Section):
         "[{model: rm}, {python: reward.py:score, weight: 0.5}] (stages/scorers/README.md). null: the reward model of "
         "rm, or reward_model",
     )
+    start_from: str | None = setting(
+        None,
+        "folder of a policy that PPO starts from, as the last round's; null: SFT. KL is measured to SFT either way",
+    )
     reward_model: str | None = setting(None, "folder of a reward model to use instead of rm's")
     reward_ensemble: How = setting(
         "mean", "how the scores of the models of rm.ensemble are combined: their mean or their minimum"
@@ -252,6 +257,8 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
         paths = scorer_files("ppo.rewards", settings.rewards)
     else:
         paths = with_others("ppo.reward_model", settings.reward_model)
+    if settings.start_from is not None:
+        paths["ppo.start_from"] = Path(settings.start_from).expanduser()
     return paths | with_others("ppo.held_out_reward_model", settings.held_out_reward_model)
 
 
@@ -307,6 +314,7 @@ def check(experiment: "Experiment") -> list[str]:
         folder = getattr(settings, key)
         if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
             lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
+    lines += start_problems(experiment, "ppo", settings.start_from)
     lines += reward_problems(settings) + advantage_problems(settings)
     lines += correction_problems(settings.rollout) + hand_over_problems(experiment)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):

@@ -1,11 +1,13 @@
 """Declare the stage rm: its settings, metrics, inputs and checks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.policies import simulates_labelers
+from stages.settings.rounds import start_problems
 from stages.settings.training import ACCUMULATION, PreferenceTraining
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ class RMSettings(PreferenceTraining):
         "the mistakes in the rankings with it: a judge that learns from other rankings tells more "
         "(rankings.judge_fraction). null: only if people ranked (data.rankings) and no rankings were kept for a judge",
     )
+    start_from: str | None = setting(
+        None,
+        "folder of a reward model that training starts from, head and all, such as the last round's; null: SFT with a "
+        "new head",
+    )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
 
 
@@ -81,11 +88,18 @@ def reads(experiment: "Experiment") -> list[str]:
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     lines, settings = over_context(experiment, "rm"), experiment.rm
+    lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
     return lines
+
+
+def folders(experiment: "Experiment") -> dict[str, Path]:
+    """Return the user's folder that decides what is trained: where it starts."""
+    start = experiment.rm.start_from
+    return {} if start is None else {"rm.start_from": Path(start).expanduser()}
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
@@ -112,6 +126,7 @@ STAGE = Stage(
     check=check,
     missing_requirements=missing_requirements,
     check_data=check_data,
+    folders=folders,
     fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
     shared=True,
 )

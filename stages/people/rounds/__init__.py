@@ -1,1 +1,1 @@
-"""Go on in rounds: the next experiment from what people gave, and people who are simulated."""
+"""Make the next round of an experiment from what people gave since the last one."""
