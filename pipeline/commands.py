@@ -257,6 +257,9 @@ def status_command(arguments: argparse.Namespace) -> int:
         snapshots = importlib.import_module("stages.people.rank.snapshots")
         for line in snapshots.status_lines(store.base, experiment):
             chain.print_line(console, line)
+    rounds = importlib.import_module("stages.people.rounds.status")
+    for line in rounds.status_lines(store.base, experiment):
+        chain.print_line(console, line)
     return 0
 
 

@@ -263,7 +263,13 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     if run.computed_on != computed_on:
         few = streams.drawn(range(len(streams.train))[: 2 * c.per_device_train_batch_size])
         run.recompute = preflight(
-            sampler, few, dtype=setup.runtime.dtype, max_length=c.max_length, step=step, poll=leave
+            sampler,
+            few,
+            dtype=setup.runtime.dtype,
+            max_length=c.max_length,
+            step=step,
+            poll=leave,
+            from_reference=c.start_from is None,
         )
         run.computed_on = computed_on
     return step

@@ -131,7 +131,11 @@ def measured_files(experiment: "Experiment") -> dict[str, Path]:
     found: dict[str, Path] = {}
     for number, name in enumerate(experiment.round.earlier, 1):
         base = Path(name).expanduser()
-        wanted = {"rm": ("model",), "rankings": ("train.jsonl", "validation.jsonl"), "evaluate": ("results.json",)}
+        wanted = {
+            "rm": ("model",),
+            "rankings": ("train.jsonl", "validation.jsonl"),
+            "evaluate": ("results.json", "responses.jsonl", "rounds.json"),
+        }
         for stage, files in wanted.items():
             folder = artifact(base, stage)
             for file in files:

@@ -2,6 +2,7 @@
 
 import shlex
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,15 @@ def run(experiment: "Experiment", store: ArtifactStore, options: Options, consol
         write_new(config, (folder / CONFIG).read_text(encoding="utf-8"))
         say(console, f"{config}: written again from {folder}")
     else:
-        with whole_folder(folder, force=False) as temporary:
-            plan = build(before, temporary)
-            refuse_empty(before, plan)
+        try:
+            with whole_folder(folder, force=False) as temporary:
+                plan = build(before, temporary)
+                refuse_empty(before, plan)
+        except BaseException:
+            for empty in (folder.with_name(f".{folder.name}.preparing"), folder.parent):
+                with suppress(OSError):  # it holds something
+                    empty.rmdir()
+            raise
         write_new(config, plan.config)
         show(before, plan, console)
         say(console, f"{config}: the config of round {before.number + 1}, yours to edit; its data are in {folder}")

@@ -18,6 +18,7 @@ REMOVED = object()
 Changes = Mapping[str, Any]
 """Section → its new value, REMOVED, or (of a section that stays) its changed settings in a Some."""
 LIKE_A_NUMBER = re.compile(r"[-+]?\.?[0-9]")
+BARE = re.compile(r"[A-Za-z_]+:\s*(#.*)?")
 KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):")
 
 
@@ -38,10 +39,11 @@ def next_text(text: str, values: Mapping[str, Any], changes: Changes, comments: 
         UserError: A value cannot be written in the YAML that configs are read in.
     """
     meant = changed_values(values, changes)
-    edited = edited_text(text, changes, comments)
+    edited = edited_text(text, differing(parse_tree(text, "round").values, values, changes), meant, comments)
     if says(edited, meant):
         return edited
-    whole = edited_text("", {key: value for key, value in meant.items()}, comments)
+    sections = {key: Some(value) if isinstance(value, dict) else value for key, value in meant.items()}
+    whole = edited_text("", sections, meant, comments)
     if says(whole, meant):
         return whole
     raise UserError("rounds: the config of the next round cannot be written; leave out unusual texts, and quote others")
@@ -67,9 +69,33 @@ def changed_values(values: Mapping[str, Any], changes: Changes) -> dict[str, Any
     return result
 
 
+def differing(written: Mapping[str, Any], values: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return changes together with what the command line set on top of the file.
+
+    Args:
+        written: What the file says.
+        values: The same with the settings of the command line.
+        changes: What changes after those.
+    """
+    result = dict(changes)
+    for section, value in values.items():
+        own, change = written.get(section), changes.get(section, Some())
+        if value == own or not isinstance(change, Some):
+            continue
+        if isinstance(value, dict):
+            set_there = {key: item for key, item in value.items() if item != (own or {}).get(key)}
+            result[section] = Some(set_there | change)
+        else:
+            result[section] = value
+    return result
+
+
 def says(text: str, meant: Mapping[str, Any]) -> bool:
     """Return whether a text, read as configs are, says what is meant; an empty section is none."""
-    tree = parse_tree(text, "next round")
+    try:
+        tree = parse_tree(text, "next round")
+    except UserError:
+        return False
     return not tree.problems and without_empty(tree.values) == without_empty(meant)
 
 
@@ -81,17 +107,24 @@ def without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
 # -- the text ------------------------------------------------------------------------------------
 
 
-def edited_text(text: str, changes: Changes, comments: Mapping[str, str]) -> str:
-    """Return a text with some sections changed; sections that are new come after the name."""
+def edited_text(text: str, changes: Changes, meant: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    """Return a text with some sections changed.
+
+    Args:
+        text: The text.
+        changes: What changes.
+        meant: What the text says in the end.
+        comments: As of `next_text`.
+    """
     blocks = blocks_of(text)
     for section, value in changes.items():
         old = blocks.get(section)
         if value is REMOVED:
             blocks.pop(section, None)
         elif isinstance(value, Some):
-            lines = some_lines(old, section, value, comments)
-            if lines:
-                blocks[section] = lines
+            if any(item is not REMOVED or key in "".join(old or []) for key, item in value.items()):
+                whole = meant.get(section) or {}
+                blocks[section] = some_lines(old, section, value, whole, comments)
         else:
             blocks[section] = [*comment_lines(comments.get(section), ""), *dumped({section: value}, "")]
     first = [section for section in ("", "name", "round", "from", "seed") if section in blocks]
@@ -122,14 +155,24 @@ def blocks_of(text: str) -> dict[str, list[str]]:
     return blocks
 
 
-def some_lines(old: list[str] | None, section: str, changed: Some, comments: Mapping[str, str]) -> list[str]:
-    """Return the lines of a section with some settings changed."""
-    new = {key: value for key, value in changed.items() if value is not REMOVED}
-    if old is None:
-        old = [f"{section}:"]
-        if not new:
-            return []
+def some_lines(
+    old: list[str] | None, section: str, changed: Some, whole: Mapping[str, Any], comments: Mapping[str, str]
+) -> list[str]:
+    """Return the lines of a section with some settings changed.
+
+    Args:
+        old: Its lines; None for a new section.
+        section: Its name.
+        changed: What changes.
+        whole: What it says in the end.
+        comments: As of `next_text`.
+    """
+    old = old or [f"{section}:"]
     head = next(i for i, line in enumerate(old) if KEY.match(line))
+    if not BARE.fullmatch(old[head]):  # {…} on one line
+        lines = [line for key, value in whole.items() for line in setting_lines(section, key, value, "  ", comments)]
+        return [*old[:head], f"{section}:", *lines]
+    new = {key: value for key, value in changed.items() if value is not REMOVED}
     rest = old[head + 1 :]
     indent = next(
         (line[: len(line) - len(line.lstrip())] for line in rest if line.strip(" -") and line[0] == " "), "  "

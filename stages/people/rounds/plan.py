@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.records import Record, prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed
+from pipeline.config.sections import OF_WORLD
 from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
 from pipeline.store import integrity
@@ -156,8 +157,7 @@ def build(before: Before, folder: Path) -> Plan:
         write_jsonl(folder / RANK_PROMPTS, to_rank)
     if to_write := sifted["prompts"].part("sft"):
         write_jsonl(folder / TO_WRITE, to_write)
-    own = raw_data(experiment)
-    changes["data"] = Some({**{kind: own[kind] for kind in own if kind not in data}, **data})
+    changes["data"] = Some(world_kinds(experiment) | data)
     changes["from"] = taken(before, remakes_sft="demonstrations" in data)
     changes |= start_changes(before, comments)
     changes["rank"] = Some(
@@ -226,7 +226,7 @@ def mixed(before: Before, folder: Path, kind: str, records: list[Record], new: l
     elif value == "world":
         parts = [str(before.store.folder("world") / f"{kind}.jsonl")]
     elif value is not None:
-        own = raw_data(experiment)[kind]
+        own = raw_data(experiment)[kind]  # as the file has it, without defaults
         parts = list(own) if isinstance(own, list) else [own]
     if new:
         write_jsonl(folder / f"new_{kind}.jsonl", new)
@@ -296,13 +296,18 @@ def prompts_to_rank(
 
 
 def raw_data(experiment: "Experiment") -> dict[str, Any]:
-    """Return the section data as the config has it, with the world's kinds named."""
+    """Return the section data as the config has it."""
     assert experiment.file is not None, "loaded from a file"
-    raw = dict(read_tree(experiment.file.path, experiment.file.overrides).values.get("data") or {})
-    for kind in ("documents", "demonstrations", "prompts", "evaluation_prompts"):
-        if kind not in raw and getattr(experiment.data, kind) is not None:
-            raw[kind] = getattr(experiment.data, kind)
-    return raw
+    return read_tree(experiment.file.path, experiment.file.overrides).values.get("data") or {}
+
+
+def world_kinds(experiment: "Experiment") -> dict[str, str]:
+    """Return the kinds of data that are the world's only by default.
+
+    The next config must name them, because it has rankings of its own.
+    """
+    raw = raw_data(experiment)
+    return {kind: "world" for kind in OF_WORLD if kind not in raw and getattr(experiment.data, kind) == "world"}
 
 
 def lineage(before: Before) -> tuple[dict[str, Any], dict[str, str]]:
