@@ -147,7 +147,8 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
     if experiment.round is not None:
-        publish_rounds(ctx, tools, prompts, measured, results["judge_name"], poll)
+        for line in publish_rounds(ctx, tools, prompts, measured, results["judge_name"], poll):
+            session.say(line)
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
 
 
@@ -158,7 +159,7 @@ def publish_rounds(
     measured: dict[str, Measured],
     judge: str | None,
     poll: Callable[[], None],
-) -> None:
+) -> list[str]:
     """Write rounds.json: this round against the rounds before it.
 
     Args:
@@ -168,6 +169,9 @@ def publish_rounds(
         measured: What was measured of each policy.
         judge: The judge that decides; None: nobody.
         poll: Called between two models; raises if the run is to stop.
+
+    Returns:
+        A line for each figure that cannot be measured.
     """
     settings = ctx.experiment.round
     assert settings is not None, "there is an earlier round"
@@ -185,6 +189,7 @@ def publish_rounds(
     ctx.confirm_folders()  # those of earlier rounds have been read
     text = json.dumps(json_value(figures), indent=1) + "\n"
     (ctx.publish / "rounds.json").write_text(text, encoding="utf-8")
+    return figures["notes"]
 
 
 def measure_policy(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data.encode import encode_response
-from data.group_rows import groups_of
+from data.group_rows import EncodedRanking, groups_of
 from data.groups import PromptGroup, batch_groups
 from data.length_limit import LengthLimiter
 from data.records import Ranking, prompt_key
@@ -23,6 +23,7 @@ from data.row_reader import records
 from data.source import Loaded
 from data.world.world import World
 from pipeline.config.sections import RoundSettings
+from pipeline.errors import UserError
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import GOLD
 from stages.evaluation.measuring import log_ratios
@@ -119,7 +120,7 @@ def trained_prompts(places: Sequence[RoundFolders]) -> set[str]:
     return {prompt_key(ranking.prompt) for file in files for ranking in read_rankings(file)}
 
 
-def groups(rankings: Sequence[Ranking], tools: Tools, file: Path) -> list[PromptGroup]:
+def groups(rankings: Sequence[Ranking], tools: Tools, file: Path) -> Sequence[PromptGroup]:
     """Return rankings as groups that reward models score; what is too long is left out.
 
     Args:
@@ -129,8 +130,12 @@ def groups(rankings: Sequence[Ranking], tools: Tools, file: Path) -> list[Prompt
     """
     wanted = {is_of(ranking) for ranking in rankings}
     limiter = LengthLimiter(tools.max_length, "drop", "ranking", "evaluate")
-    encoded = encoded_rankings(file, tools.tokenizer, limiter)
-    return groups_of(row for row in encoded if is_of(row.ranking) in wanted)
+    rows: list[EncodedRanking] = []
+    try:
+        rows += [row for row in encoded_rankings(file, tools.tokenizer, limiter) if is_of(row.ranking) in wanted]
+    except UserError:  # all rows of the file are too long
+        return []
+    return groups_of(rows) if rows else []
 
 
 @torch.no_grad()
@@ -397,7 +402,14 @@ def measure_rounds(
             }
         )
         before = scored
-    return {"rounds": rows, "first_sft": start, "accuracy": accuracy}
+    measured_labels = {row["labels"] for row in accuracy}
+    notes = [
+        f"round {place.number}: none of its held-out labels can compare the reward models: they are too long "
+        f"(evaluate.max_length), without a usable pair, or of prompts that another round trained on"
+        for place in places
+        if place.number not in measured_labels
+    ]
+    return {"rounds": rows, "first_sft": start, "accuracy": accuracy, "notes": notes}
 
 
 def gain(now: Scored | None, before: Scored | None) -> dict[str, Any] | None:

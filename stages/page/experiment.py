@@ -5,6 +5,8 @@ today.
 """
 
 from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
 
 from stages.page.manifests import Manifest, commit_of, common_versions, metrics_of, ordered, seconds_of, section, shown
 from stages.page.numbers import duration
@@ -27,6 +29,7 @@ def facts(manifests: dict[str, Manifest]) -> list[tuple[str, list[str]]]:
     each = " · ".join(f"{stage} {duration(taken)}" for stage, taken in seconds.items())
     libraries = " · ".join(f"{name} {version}" for name, version in common_versions(manifests).items())
     answers = [
+        ("Round", round_lines(manifests)),
         ("Base model", base_model(manifests)),
         ("What is trained", [adapter(manifests)]),
         ("Seed", sorted({str(manifest["seed"]) for manifest in manifests.values()})),
@@ -58,6 +61,23 @@ def base_model(manifests: dict[str, Manifest]) -> list[str]:
     if commit and requested and requested != commit:
         line += f" (requested: {requested})"
     return [str(name), line, count]
+
+
+def round_lines(manifests: dict[str, Manifest]) -> list[str]:
+    """Return which round this is and what it follows; nothing in round 1."""
+    # a stage that was taken from an earlier round records that one
+    recorded = [section(manifest, "round") for _, manifest in ordered(manifests)]
+    newest = max(recorded, key=number_of, default={})
+    if not newest:
+        return []
+    names = [PurePath(folder).name for folder in newest["earlier"]]
+    digests = [f"{stage} {digest[:12]}" for stage, digest in newest["digests"].items()]
+    return [f"{newest['number']}, after {', '.join(names)}", f"made of {', '.join(digests)} of {names[-1]}"]
+
+
+def number_of(recorded: dict[str, Any]) -> int:
+    """Return the number of a round; 1 where a manifest records none."""
+    return recorded.get("number", 1)
 
 
 def adapter(manifests: dict[str, Manifest]) -> str:

@@ -135,7 +135,8 @@ def edited_text(text: str, changes: Changes, meant: Mapping[str, Any], comments:
 def blocks_of(text: str) -> dict[str, list[str]]:
     """Return the lines of each section; "" has what stands before the first."""
     blocks: dict[str, list[str]] = {"": []}
-    section, pending = "", []
+    section = ""
+    pending: list[str] = []
     for line in text.splitlines():
         if match := KEY.match(line):
             section = match[1]

@@ -127,5 +127,5 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 def key_of(row: Row) -> str:
     """Return a digest of what a row says, without what a lead says of it."""
-    text = snapshots.comparable(json.dumps(row))
+    text = snapshots.comparable(json.dumps(row).encode())
     return hashlib.sha256(text.encode()).hexdigest()

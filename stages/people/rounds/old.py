@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from data import sources
 from data.error_lines import shorten
-from data.records import Record, prompt_key, write_jsonl
+from data.records import Demonstration, Document, Prompt, Ranking, prompt_key, write_jsonl
 from data.source import Loaded
 from data.source import Source as ReaderSource
 from data.streams import position_of
@@ -19,6 +19,8 @@ from stages.settings.checks import reader_source
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
+Prompted = Demonstration | Ranking | Prompt
+"""Records that have a prompt."""
 TRAINED = ("train.jsonl", "judge.jsonl")
 """Files of the stage rankings that go on. Its validation rows never train, in no later round."""
 
@@ -43,7 +45,9 @@ def old_rankings(rankings: Path | None, share: float, seed: int, gone: set[str])
         seed: The experiment's seed.
         gone: Ids of rankings that their labeler or the lead has taken back since.
     """
-    for name in TRAINED if rankings is not None else ():
+    if rankings is None:
+        return
+    for name in TRAINED:
         for row in rows_of(rankings / name):
             if row["id"] not in gone and stays(prompt_key(row["prompt"]), share, seed):
                 yield row
@@ -65,8 +69,8 @@ def source_in(experiment: "Experiment", store: ArtifactStore, kind: str) -> Read
     return reader_source(source_of(value))
 
 
-def read(kind: str, source: ReaderSource | None) -> Iterator[Record]:
-    """Yield the records of a source; none of no source.
+def read(kind: str, source: ReaderSource | None) -> Iterator[Prompted]:
+    """Yield the records of a source that have a prompt; none of no source.
 
     Raises:
         UserError: With the errors of the data.
@@ -75,6 +79,7 @@ def read(kind: str, source: ReaderSource | None) -> Iterator[Record]:
         return
     loaded = Loaded()
     for _, record in sources.stream(kind, source, loaded):
+        assert not isinstance(record, Document), "this kind has prompts"
         yield record
     if loaded.errors:
         raise UserError(shorten(loaded.errors))
@@ -86,7 +91,7 @@ def is_mixed(value: Any) -> bool:
     return any(getattr(part, "weight", None) is not None for part in parts)
 
 
-def write_share(file: Path, kind: str, found: Iterable[Record], share: float, seed: int) -> int:
+def write_share(file: Path, kind: str, found: Iterable[Prompted], share: float, seed: int) -> int:
     """Write the records that stay, and return how many they are.
 
     Args:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.records import Record, prompt_key, to_json, write_jsonl
+from data.records import prompt_key, to_json, write_jsonl
 from data.streams import Stream, derive_seed
 from pipeline.config.sections import OF_WORLD
 from pipeline.config.yaml_tree import read_tree
@@ -175,7 +175,9 @@ def build(before: Before, folder: Path) -> Plan:
 # -- 2 sift --------------------------------------------------------------------------------------
 
 
-def sift_all(before: Before, folder: Path, gathered: Gathered, records: dict[str, list[Record]]) -> dict[str, Sifted]:
+def sift_all(
+    before: Before, folder: Path, gathered: Gathered, records: dict[str, list[old.Prompted]]
+) -> dict[str, Sifted]:
     """Sift what people gave in playgrounds, kind by kind.
 
     Args:
@@ -200,7 +202,7 @@ def sift_all(before: Before, folder: Path, gathered: Gathered, records: dict[str
 # -- 3 mix ---------------------------------------------------------------------------------------
 
 
-def mixed(before: Before, folder: Path, kind: str, records: list[Record], new: list[Row]) -> tuple[Any, Line]:
+def mixed(before: Before, folder: Path, kind: str, records: list[old.Prompted], new: list[Row]) -> tuple[Any, Line]:
     """Write new rows, and old ones if not all stay or they are weighted.
 
     Args:
@@ -258,7 +260,7 @@ def mixed_rankings(before: Before, folder: Path, gathered: Gathered, sifted: Sif
 
 
 def prompts_to_rank(
-    before: Before, gathered: Gathered, records: list[Record], asked: list[Row]
+    before: Before, gathered: Gathered, records: list[old.Prompted], asked: list[Row]
 ) -> tuple[list[Row], int]:
     """Return the prompts of the next ranking page in their order, and how many people asked.
 

@@ -10,11 +10,12 @@ from data.prepare.command import sift
 from data.prepare.personal import need_packages
 from data.prepare.reading import Input
 from data.prepare.settings import Settings
-from data.records import Record, prompt_key, write_jsonl
+from data.records import Document, prompt_key, write_jsonl
 from data.row_reader import records
 from data.source import Loaded, Source
 from pipeline.errors import UserError
 from stages.people.rounds.gather import Row, rows_of
+from stages.people.rounds.old import Prompted
 from stages.settings.rounds import RoundsSettings
 
 BEFORE = "an earlier round has it"
@@ -83,6 +84,7 @@ def sift_rows(
     write_jsonl(file, rows)
     source, loaded, new = Source(path=file, templated="keep"), Loaded(), []
     for _, record in records(kind, source, loaded):
+        assert not isinstance(record, Document), "this kind has prompts"
         if record_key(record) in known:
             found.left_out[BEFORE] += 1
         else:
@@ -111,12 +113,12 @@ def sift_rows(
     return found
 
 
-def record_key(record: Record) -> str:
+def record_key(record: Prompted) -> str:
     """Return what two equal records share: the prompt, and what is answered to it."""
     answer = getattr(record, "completion", None) or [getattr(record, name, None) for name in ("responses", "ranks")]
     return json.dumps([prompt_key(record.prompt), answer, getattr(record, "labeler", None)], default=list)
 
 
-def keys_of(found: Iterable[Record]) -> set[str]:
+def keys_of(found: Iterable[Prompted]) -> set[str]:
     """Return the keys of records."""
     return {record_key(record) for record in found}

@@ -22,8 +22,8 @@ def status_lines(base: Path, experiment: Any) -> list[str]:
         line = f"round {number}, after {before}"
         if (record := record_of(Path(experiment.round.folder).expanduser())) is not None:
             counts = {row["kind"]: row for row in record["taken"]}
-            parts = [f"{row['new']:,} {kind}" for kind, row in counts.items() if row["new"]]
-            line += f": people gave {', '.join(parts)} before it" if parts else ": its labels are those of its own page"
+            parts = [f"{kind} {row['new']:,}" for kind, row in counts.items() if row["new"]]
+            line += f": taken of people ({', '.join(parts)})" if parts else ": its labels are those of its own page"
             line += f"; {counts['rankings']['old']:,} rankings of earlier rounds stay"
         lines.append(line)
     following = re.sub(rf"-r{number}$", "", base.name) + f"-r{number + 1}"

@@ -76,25 +76,9 @@ class Round:
             add_verdict(connection, task, row, time.time())
         database.close()
 
-    def talk(self, question, user="u1", correction=None, prefers=None, consent=True):
-        """Let somebody ask in the playground, choose an answer, and correct it."""
-        database = self.database()
-        with database.transaction() as connection:
-            number = collect.begin(connection, user, "", "chat", "yes")
-            if not consent:
-                connection.execute("UPDATE conversations SET consent = 0 WHERE id = ?", (number,))
-            place = collect.add_question(connection, number, question, None, False, False)
-            options = Options(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
-            turns = [
-                collect.add_answer(connection, place, side, model, options, Reply(f"by {model}", True, 4, 4, None, 0))
-                for side, model in enumerate(("sft", "ppo"))
-            ]
-            if prefers is not None:
-                collect.choose(connection, number, place.seq + 1, [[turns[prefers]], [turns[1 - prefers]]])
-            if correction is not None:
-                collect.set_correction(connection, turns[0], correction)
-        database.close()
-        return number
+    def talk(self, question, **more):
+        """Let somebody ask in the playground of the first round."""
+        return talk(self.base, question, **more)
 
     def experiment(self, *overrides):
         return api.load_experiment("talk.yaml", *overrides)
@@ -107,6 +91,27 @@ class Round:
     def rows(self, name, experiment="talk-r2"):
         path = self.folder / "artifacts" / experiment / "round" / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def talk(base, question, user="u1", correction=None, prefers=None, consent=True):
+    """Let somebody ask in a playground, choose an answer, and correct the first one."""
+    database = open_database(base, base.name)
+    with database.transaction() as connection:
+        number = collect.begin(connection, user, "", "chat", "yes")
+        if not consent:
+            connection.execute("UPDATE conversations SET consent = 0 WHERE id = ?", (number,))
+        place = collect.add_question(connection, number, question, None, False, False)
+        options = Options(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
+        turns = [
+            collect.add_answer(connection, place, side, model, options, Reply(f"by {model}", True, 4, 4, None, 0))
+            for side, model in enumerate(("sft", "ppo"))
+        ]
+        if prefers is not None:
+            collect.choose(connection, number, place.seq + 1, [[turns[prefers]], [turns[1 - prefers]]])
+        if correction is not None:
+            collect.set_correction(connection, turns[0], correction)
+    database.close()
+    return number
 
 
 def ranking(number):

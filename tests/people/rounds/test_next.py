@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from data.records import prompt_key, write_jsonl
-from pipeline import api
+from pipeline import api, cli
 from stages.people.rank import snapshots
 from stages.people.rounds import command
 from stages.people.rounds.old import stays
+from stages.people.rounds.status import status_lines
 from tests.people.rounds.talking import Round, read_manifest
 
 
@@ -243,3 +244,24 @@ def test_settings_that_cannot_work_are_refused(talk, words, said):
     code, _, err = talk.rlhf(*words)
     assert code == 2 and said in err and err.count("\n") == 1
     assert not (talk.folder / "talk-r2.yaml").exists()
+
+
+def test_clean_keeps_what_people_gave_to_a_round(talk):
+    talk.rank("prompt 6")
+    talk.rlhf()
+    base = talk.folder / "artifacts/talk-r2"
+    (base / "sft").mkdir()
+    assert cli.main(["clean", "-c", "talk-r2.yaml", "--yes"]) == 0
+    assert not (base / "sft").exists() and talk.rows("new_rankings.jsonl")
+    assert "round/ stays" in talk.capture.readouterr().out
+    assert cli.main(["clean", "-c", "talk-r2.yaml", "--yes", "--with-labels"]) == 0
+    assert not base.exists()
+
+
+def test_status_says_which_round_it_is_and_what_follows(talk):
+    talk.rank("prompt 6")
+    talk.rlhf()
+    first, second = api.load_experiment("talk.yaml"), api.load_experiment("talk-r2.yaml")
+    assert status_lines(talk.base, first) == ["round 2 follows: talk-r2"]
+    (line,) = status_lines(talk.folder / "artifacts/talk-r2", second)
+    assert line == "round 2, after talk: taken of people (rankings 1); 5 rankings of earlier rounds stay"

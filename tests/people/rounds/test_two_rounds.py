@@ -12,6 +12,7 @@ from stages.people.rank.imports import add_verdict
 from stages.people.store.database import open_database
 from stages.people.store.rows import read_tasks
 from stages.settings.rounds import artifact
+from tests.people.rounds.talking import talk
 
 CONFIG = """\
 name: micro
@@ -95,10 +96,61 @@ def test_two_rounds_with_lineage_and_figures(tmp_path, monkeypatch):
     results = json.loads((second / "evaluate/results.json").read_text())["policies"]["ppo"]
     # the policy went on from the last one, and KL is to the SFT that both rounds share
     assert two["kl_to_first_sft"] == pytest.approx(results["kl_to_sft"])
-    assert json.loads((second / "ppo/metrics.jsonl").read_text().splitlines()[0])["objective/kl"] > 1e-3
+    kl = json.loads((second / "ppo/metrics.jsonl").read_text().splitlines()[0])["objective/kl"]
+    assert abs(kl) > 1e-3  # an estimate, so it may be below 0; of SFT itself it would be 0
     assert one["labels"] == len((first / "rankings/train.jsonl").read_text().splitlines())
     assert two["agreement"]["value"] == 1.0
 
     # both are up to date, and a third round follows
     assert cli.main(["run", "evaluate", "-c", "micro-r2.yaml", "--only"]) == 0
     assert cli.main(["round", "next", "-c", "micro-r2.yaml", "--dry-run"]) == 0
+
+
+OWN = """\
+data:
+  documents: world/documents.jsonl
+  demonstrations: world/demonstrations.jsonl
+  prompts: world/prompts.jsonl
+  evaluation_prompts: world/evaluation_prompts.jsonl
+  rankings: ranked
+"""
+
+
+@pytest.mark.slow
+def test_a_round_with_new_demonstrations_on_own_data(tmp_path, monkeypatch):
+    """SFT is made anew, so KL to the first one is measured; the judge is a reward model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "micro.yaml").write_text(CONFIG)
+    assert cli.main(["run", "world", "-c", "micro.yaml", "--artifacts", "made"]) == 0
+    (tmp_path / "made/micro/world").rename(tmp_path / "world")
+    text = CONFIG.replace("data: {rankings: ranked}\n", OWN).replace("  policy_from: last\n", "  rankings: 0\n")
+    (tmp_path / "own.yaml").write_text(text.replace("name: micro", "name: own"))
+    first, second = tmp_path / "artifacts/own", tmp_path / "artifacts/own-r2"
+    assert cli.main(["run", "sft", "-c", "own.yaml"]) == 0
+    assert cli.main(["rank", "--tasks-only", "-c", "own.yaml"]) == 0
+    rank_all(first)
+    assert cli.main(["run", "evaluate", "-c", "own.yaml"]) == 0
+    for i in range(6):
+        talk(first, f"say {'abcdef'[i] * 4} once", correction="yes", prefers=i % 2, user=f"u{i}")
+    assert cli.main(["round", "next", "-c", "own.yaml"]) == 0
+    made = yaml.safe_load((tmp_path / "own-r2.yaml").read_text())
+    assert made["from"] == {"experiment": "own", "stages": ["base"]}
+    assert made["data"]["demonstrations"] == [
+        "world/demonstrations.jsonl",
+        "artifacts/own-r2/round/new_demonstrations.jsonl",
+    ]
+    assert cli.main(["rank", "--tasks-only", "-c", "own-r2.yaml"]) == 0
+    rank_all(second)
+    assert cli.main(["run", "report", "-c", "own-r2.yaml"]) == 0
+
+    assert json.loads((second / "sft/manifest.json").read_text())["metrics"]["rows"] > 60
+    figures = json.loads((second / "evaluate/rounds.json").read_text())
+    one, two = figures["rounds"]
+    results = json.loads((second / "evaluate/results.json").read_text())
+    ppo = results["policies"]["ppo"]
+    # this round's judge scores both rounds' answers to the same prompts
+    assert one["score"]["by"] == two["score"]["by"] == results["judge_name"] and figures["first_sft"] is not None
+    assert two["score"]["value"] == pytest.approx(ppo["judges"][results["judge_name"]]["score"]["value"])
+    assert two["kl_to_first_sft"] != ppo["kl_to_sft"] and abs(two["kl_to_first_sft"]) < 50
+    page = (second / "report/index.html").read_text()
+    assert '<h2 id="rounds">' in page and "labels of round 2" in page

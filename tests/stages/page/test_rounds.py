@@ -2,7 +2,7 @@
 
 import json
 
-from stages.page import rounds
+from stages.page import experiment, rounds
 
 
 def figures(**more):
@@ -65,3 +65,10 @@ def test_plots_are_left_out_where_nothing_was_measured():
         row |= {"score": None, "gain": None, "agreement": None, "kl_to_first_sft": None}
     assert rounds.plots(bare) == [] and len(rounds.tables(bare)) == 1
     assert rounds.line(bare) == "rounds, by nobody, with KL to the first SFT: round 1; round 2"
+
+
+def test_the_page_says_which_round_it_is():
+    made = {"number": 2, "earlier": ["artifacts/talk"], "folder": "f", "digests": {"rm": "a" * 64, "ppo": "b" * 64}}
+    manifests = {"sft": {"config": {}}, "rm": {"config": {"round": made}}, "ppo": {"config": {"round": made}}}
+    assert experiment.round_lines(manifests) == ["2, after talk", "made of rm aaaaaaaaaaaa, ppo bbbbbbbbbbbb of talk"]
+    assert experiment.round_lines({"sft": {"config": {}}, "rm": {"config": {"round": None}}}) == []
