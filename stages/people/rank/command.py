@@ -258,6 +258,7 @@ def serve(
     if options.simulate is not None:
         from stages.people.rounds import simulated_page
 
-        page = simulated_page.Page(app, listener, f"{address}/?token={tokens.page}", tell)
+        here = serving.address_of(listener, simulated_page.HERE.get(section.host, section.host))
+        page = simulated_page.Page(app, listener, f"{here}/?token={tokens.page}", tell)
         return simulated_page.serve(experiment, store, database, rules, page, options.simulate, say)
     return serving.serve(app, listener, tell)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FILE = "simulated.json"
 """What simulated labelers keep over restarts: the key of each browser, and their noise."""
+HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where this machine reaches a page that listens on all of its addresses."""
 MOST = 100
 """Simulated labelers."""
 

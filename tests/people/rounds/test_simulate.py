@@ -318,7 +318,7 @@ def test_one_labeler_leaves_what_others_are_wanted_for(tmp_path, world, world_an
     (tmp_path / "people.yaml").write_text(CONFIG)
     write_world(tmp_path, world, world_answers, 20)
     assert rlhf(tmp_path, "run", "world").wait() == 0
-    said, _ = rlhf(tmp_path, "rank", "--simulate", "1").communicate()
+    said, _ = rlhf(tmp_path, "rank", "--simulate", "1", "rank.host=0.0.0.0").communicate()  # others may watch
     assert re.search(r"simulate: 1 labelers ranked 20 tasks.*\nsimulate: \d+ tasks want further labelers", said)
 
 
