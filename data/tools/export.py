@@ -84,14 +84,7 @@ def run(
     Raises:
         UserError: With a line for every mistake; nothing is written then.
     """
-    opened = open_inputs(inputs, kind, Context.of(experiment, artifacts, tokenizer=False, watch=watch))
-    for one in opened:
-        if one.kind != "rankings":
-            problem = f"holds {one.kind}; people compare responses"
-            raise UserError(f"{one.source.name}: {problem}, so give rankings (ranks: [null, null] if nobody judged)")
-    tiers = check_tiers(opened[0].source.tiers or TIERS)
-    found = Tasks(request.seed)
-    counts = write_folder(found.of(opened), request, tiers)
+    found, counts, tiers = write(inputs, kind, request, Context.of(experiment, artifacts, tokenizer=False, watch=watch))
     for reason, number in found.left_out.most_common():
         print(f"left out  {number:,}: {reason}")
     for name, number in counts.items():
@@ -102,6 +95,33 @@ def run(
     else:
         print("read back: rlhf data check RECORDS.json")
     return 0
+
+
+def write(
+    inputs: Sequence[Input], kind: str | None, request: Request, context: Context
+) -> tuple[Tasks, dict[str, int], tuple[str, ...]]:
+    """Write the tasks of all inputs into a folder.
+
+    Args:
+        inputs: The files and data sets, all of rankings.
+        kind: The kind that the command line names, or None.
+        request: What is written.
+        context: What inputs are read with.
+
+    Returns:
+        The tasks, with what was left out; {file of tasks: how many it has}; the tiers.
+
+    Raises:
+        UserError: With a line for every mistake; nothing is written then.
+    """
+    opened = open_inputs(inputs, kind, context)
+    for one in opened:
+        if one.kind != "rankings":
+            problem = f"holds {one.kind}; people compare responses"
+            raise UserError(f"{one.source.name}: {problem}, so give rankings (ranks: [null, null] if nobody judged)")
+    tiers = check_tiers(opened[0].source.tiers or TIERS)
+    found = Tasks(request.seed)
+    return found, write_folder(found.of(opened), request, tiers), tiers
 
 
 def check_tiers(tiers: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -144,6 +145,17 @@ def test_a_port_is_kept_while_it_is_free():
         assert again.getsockname()[1] == port
     with pytest.raises(UserError, match=r"rank\.host"):
         serving.bind("host.invalid", 0, "rank")
+
+
+def test_small_answers_are_sent_at_once():
+    """Nagle's algorithm would hold a body back until the header is acknowledged."""
+    from asyncio import base_events
+
+    with serving.bind("127.0.0.1", 0, "rank") as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as taken:
+            base_events._set_nodelay(taken)  # what asyncio does with each connection
+            assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_server_that_others_reach_says_so():

@@ -12,14 +12,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from stages.people.rank import assign, lead_app, moves
+from stages.people.rank.rules import LETTERS
 from stages.people.rank.state import RankState
 from stages.people.store.rows import Assignment, Labeler, read_task
 from stages.people.web.errors import HANDLERS, Handler, Refused, endpoint, number_of, text_of
 from stages.people.web.security import Guard, set_cookie
 
 PAGES = Path(__file__).with_name("pages")
-LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""What the answers are called, in the order in which they are shown."""
 OPENING = 200
 """Characters of a prompt in the list of the last tasks."""
 
@@ -188,9 +187,12 @@ def view(connection: sqlite3.Connection, state: RankState, assignment: Assignmen
     task, rules = read_task(connection, assignment.task_id), state.rules
     texts = {answer.id: answer for answer in task.answers}
     prompt = [{"role": "user", "content": task.prompt}] if isinstance(task.prompt, str) else task.prompt
-    verdict = connection.execute("SELECT accepted FROM verdicts WHERE assignment_id = ?", (assignment.id,)).fetchone()
+    verdict = connection.execute(
+        "SELECT sent_back, message FROM verdicts WHERE assignment_id = ?", (assignment.id,)
+    ).fetchone()
+    was_sent_back = verdict is not None and bool(verdict["sent_back"])
     answers = [
-        {"id": answer, "label": LABELS[number], "text": texts[answer].text, "finished": texts[answer].finished}
+        {"id": answer, "label": LETTERS[number], "text": texts[answer].text, "finished": texts[answer].finished}
         for number, answer in enumerate(assignment.order_shown)
     ]
     flags = [{"name": flag.name, "question": flag.question} for flag in rules.flags]
@@ -202,7 +204,8 @@ def view(connection: sqlite3.Connection, state: RankState, assignment: Assignmen
         "steps": {"likert": rules.likert, "flags": flags if rules.likert else []},
         "guidelines_digest": rules.guidelines_digest,
         "reopened": verdict is not None,
-        "sent_back": verdict is not None and verdict["accepted"] == "excluded",
+        "sent_back": was_sent_back,
+        "message": verdict["message"] if was_sent_back else "",
         **moves.state_of(moves.read_moves(connection, assignment.id), assignment),
     }
 
@@ -216,6 +219,7 @@ def item(connection: sqlite3.Connection, row: sqlite3.Row) -> dict[str, Any]:
         "number": row["number"],
         "opening": last[:OPENING],
         "state": row["state"],
+        "message": row["message"] or "" if row["state"] == "sent_back" else "",
         "made": row["closed"],
         "seconds": row["seconds"],
     }

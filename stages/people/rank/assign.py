@@ -97,8 +97,8 @@ def abandon(connection: sqlite3.Connection, rules: Rules, now: float) -> None:
     limit = now - rules.abandon_after
     connection.execute(
         """UPDATE assignments SET state = CASE
+               WHEN id IN (SELECT assignment_id FROM verdicts WHERE sent_back) THEN 'sent_back'
                WHEN id IN (SELECT assignment_id FROM verdicts WHERE skipped IS NOT NULL) THEN 'skipped'
-               WHEN id IN (SELECT assignment_id FROM verdicts WHERE accepted = 'excluded') THEN 'sent_back'
                WHEN id IN (SELECT assignment_id FROM verdicts) THEN 'done'
                ELSE 'abandoned' END
            WHERE state = 'open' AND touched < ?""",

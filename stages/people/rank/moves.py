@@ -277,7 +277,7 @@ def store_verdict(
            VALUES(?, ?, ?, ?, ?, ?, ?, ?)
            ON CONFLICT(assignment_id) DO UPDATE SET tiers = excluded.tiers, set_aside = excluded.set_aside,
                skipped = excluded.skipped, likert = excluded.likert, confidence = excluded.confidence,
-               note = excluded.note, made = excluded.made, accepted = 'pending'""",
+               note = excluded.note, made = excluded.made, accepted = 'pending', message = '', sent_back = 0""",
         (
             assignment_id,
             dumps(tiers),
@@ -314,7 +314,8 @@ def reopen(connection: sqlite3.Connection, labeler: Labeler, assignment_id: int,
 def closed(connection: sqlite3.Connection, labeler: Labeler, limit: int = HISTORY) -> list[sqlite3.Row]:
     """Return the assignments that a labeler closed last, the newest first."""
     return connection.execute(
-        """SELECT a.*, t.prompt FROM assignments a JOIN tasks t ON t.id = a.task_id
+        """SELECT a.*, t.prompt, v.message FROM assignments a JOIN tasks t ON t.id = a.task_id
+           LEFT JOIN verdicts v ON v.assignment_id = a.id
            WHERE a.labeler_id = ? AND a.closed IS NOT NULL AND a.state <> 'open'
            ORDER BY a.closed DESC, a.id DESC LIMIT ?""",
         (labeler.id, limit),

@@ -5,6 +5,8 @@ from functools import lru_cache
 
 from data.streams import derive_seed
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""What the answers are called, in the order in which they are shown."""
 LARGEST = 2**63
 """What `derive_seed` stays below."""
 

@@ -23,10 +23,10 @@ from stages.people.store.rows import (
     Labeler,
     Task,
     Verdict,
-    read_assignments,
+    assignment_of,
     read_labelers,
-    read_tasks,
-    read_verdicts,
+    read_task,
+    verdict_of,
 )
 
 FOLDER = "ranked"
@@ -62,14 +62,18 @@ def rankings(connection: sqlite3.Connection, skipped: bool = False) -> Iterator[
         connection: Inside a transaction.
         skipped: Whether to yield skipped tasks, without ranks.
     """
-    tasks, verdicts, labelers = read_tasks(connection), read_verdicts(connection), read_labelers(connection)
-    for assignment in read_assignments(connection):
-        verdict = verdicts.get(assignment.id)
-        if verdict is None or verdict.accepted == "excluded" or assignment.reason not in TRAINED:
-            continue
-        if verdict.skipped is not None and not skipped:
-            continue
-        yield ranking_of(tasks[assignment.task_id], assignment, verdict, labelers[assignment.labeler_id])
+    labelers = read_labelers(connection)
+    reasons = ", ".join("?" for _ in TRAINED)
+    rows = connection.execute(  # one at a time: there may be more than the memory holds
+        f"""SELECT a.* FROM assignments a JOIN verdicts v ON v.assignment_id = a.id
+            WHERE v.accepted <> 'excluded' AND a.reason IN ({reasons}) AND (v.skipped IS NULL OR ?) ORDER BY a.id""",
+        (*TRAINED, skipped),
+    )
+    for row in rows:
+        assignment = assignment_of(row)
+        said = connection.execute("SELECT * FROM verdicts WHERE assignment_id = ?", (assignment.id,)).fetchone()
+        task = read_task(connection, assignment.task_id)
+        yield ranking_of(task, assignment, verdict_of(said), labelers[assignment.labeler_id])
 
 
 def ranking_of(task: Task, assignment: Assignment, verdict: Verdict, labeler: Labeler) -> Ranking:

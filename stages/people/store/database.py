@@ -63,6 +63,15 @@ class Database:
             finally:
                 self._connection.execute("COMMIT")
 
+    @contextmanager
+    def read_beside(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection of its own for a long read of one state, while others go on writing."""
+        address = f"{self.path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)) as connection:
+            connection.row_factory = sqlite3.Row
+            connection.execute("BEGIN")
+            yield connection
+
     def close(self) -> None:
         """Close the file; the write-ahead log is merged into it."""
         with self._lock:

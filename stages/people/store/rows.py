@@ -143,6 +143,10 @@ class Verdict:
     """When, in seconds since 1970."""
     accepted: str
     """pending, accepted or excluded: what the lead says."""
+    sent_back: bool = False
+    """Whether the labeler shall look at it again; until then it is excluded."""
+    message: str = ""
+    """What the lead wrote with that; the labeler sees it with a task that is sent back."""
 
 
 def labeler_of(row: sqlite3.Row) -> Labeler:
@@ -170,6 +174,8 @@ def verdict_of(row: sqlite3.Row) -> Verdict:
         note=row["note"],
         made=row["made"],
         accepted=row["accepted"],
+        sent_back=bool(row["sent_back"]),
+        message=row["message"],
     )
 
 
@@ -210,17 +216,6 @@ def read_tasks(connection: sqlite3.Connection) -> dict[int, Task]:
         row["id"]: task_of(row, answers.get(row["id"], []))
         for row in connection.execute("SELECT * FROM tasks ORDER BY id")
     }
-
-
-def read_assignments(connection: sqlite3.Connection) -> list[Assignment]:
-    """Read all assignments in the order in which they were handed out."""
-    return [assignment_of(row) for row in connection.execute("SELECT * FROM assignments ORDER BY id")]
-
-
-def read_verdicts(connection: sqlite3.Connection) -> dict[int, Verdict]:
-    """Read all verdicts by the id of their assignment."""
-    rows = connection.execute("SELECT * FROM verdicts ORDER BY assignment_id")
-    return {row["assignment_id"]: verdict_of(row) for row in rows}
 
 
 def read_labelers(connection: sqlite3.Connection) -> dict[int, Labeler]:

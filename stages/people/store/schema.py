@@ -1,6 +1,6 @@
 """Define the tables of people.sqlite and the steps from one version of them to the next."""
 
-VERSION = 1
+VERSION = 2
 """Version of the tables (`PRAGMA user_version`)."""
 
 FIRST = """
@@ -132,5 +132,11 @@ CREATE TABLE corrections(
 ) STRICT;
 """
 
-STEPS: dict[int, str] = {0: FIRST}
+DECISIONS = """
+ALTER TABLE verdicts ADD COLUMN message TEXT NOT NULL DEFAULT '';
+ALTER TABLE verdicts ADD COLUMN sent_back INTEGER NOT NULL DEFAULT 0;
+"""
+"""What the lead wrote with the last decision, and whether that was to send the task back."""
+
+STEPS: dict[int, str] = {0: FIRST, 1: DECISIONS}
 """Version → the statements that lead to the next one; 0 is an empty file."""

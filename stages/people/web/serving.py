@@ -88,7 +88,9 @@ def bind(host: str, port: int, key: str, last: int = 0) -> socket.socket:
     tries = [last, 0] if port == 0 and last else [port]
     problem: OSError | None = None
     for number in tries:
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol named, asyncio sends small pieces at once; otherwise an answer may wait
+        # 40 ms for the delayed acknowledgement of its header.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address[0], number, *address[2:]))

@@ -18,7 +18,7 @@ from time import monotonic, sleep
 
 import pytest
 
-from tests.people.browser.server import TOKEN
+from tests.people.browser.server import LEAD_TOKEN, TOKEN
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -67,6 +67,11 @@ class Server:
     def address(self):
         """Return what a person opens."""
         return f"http://127.0.0.1:{self.port}/?token={TOKEN}"
+
+    @property
+    def lead_address(self):
+        """Return what the lead opens."""
+        return f"http://127.0.0.1:{self.port}/lead?token={LEAD_TOKEN}"
 
     def start(self):
         """Start the process, and wait until it answers."""
@@ -130,14 +135,14 @@ def visit(chromium):
     """Return what opens a server's address in a window of its own; errors of scripts fail tests."""
     contexts, errors = [], []
 
-    def open_window(server, **options):
+    def open_window(server, address=None, **options):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
         window = context.new_page()
         window.set_default_timeout(15_000)
         window.on("pageerror", lambda error: errors.append(str(error)))
         window.on("dialog", lambda dialog: dialog.accept())
-        window.goto(server.address)
+        window.goto(address or server.address)
         return window
 
     yield open_window

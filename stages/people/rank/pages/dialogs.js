@@ -87,6 +87,7 @@ export async function openHistory(onReopen) {
         const when = new Date(1000 * item.made).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
         return make("li", {}, make("div", {}, make("span", { class: "history-prompt", text: snippet(item.opening, 120) || "(empty)" }),
           make("small", { text: `${state[item.state] || item.state} · ${when}` }),
+          item.message ? make("p", { class: "lead-message" }, "The lead writes: ", make("span", { class: "text", text: item.message })) : null,
         ),
         button("Open again", () => {
           dialog.close();

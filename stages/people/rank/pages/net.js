@@ -15,11 +15,11 @@ export class Refused extends Error {
 export class Unreachable extends Error {}
 
 /**
- * Send a request and return the parsed answer.
+ * Send a request and return the parsed answer; after `patience` milliseconds it counts as silence.
  * @throws {Refused} for a status of 400 or more (503 and 429 count as no answer: they pass)
  * @throws {Unreachable} when nothing, or nothing readable, comes back
  */
-export async function ask(method, path, body = undefined) {
+export async function ask(method, path, body = undefined, patience = PATIENCE) {
   let response;
   let answer;
   try {
@@ -29,7 +29,7 @@ export async function ask(method, path, body = undefined) {
       cache: "no-store",
       headers: body === undefined ? { "X-RLHF": "1" } : { "X-RLHF": "1", "Content-Type": "application/json" },
       body: body === undefined ? undefined : JSON.stringify(body),
-      signal: AbortSignal.timeout(PATIENCE),
+      signal: AbortSignal.timeout(patience),
     });
     answer = await response.json();
   } catch (error) {

@@ -26,6 +26,13 @@ function conversation(prompt) {
       textBlock(turn.content, prompt.length > 1 ? `turn ${i + 1}` : "the question"))));
 }
 
+/** Say that the lead sent the task back, and what the lead writes. */
+function sentBack(message) {
+  const words = message ? [make("span", { text: "The lead sent this task back to you and writes:" }), textBlock(message, "the message")]
+    : [make("span", { text: "The lead sent this task back to you: please look at it again, and submit it." })];
+  return make("div", { class: "banner sent-back", role: "status" }, ...words);
+}
+
 /** Return the guidelines, which fold away; the browser remembers whether they are folded. */
 function guidelinesBeside(markdown) {
   const open = localStorage.getItem(FOLDED) !== "yes" && matchMedia("(min-width: 60rem)").matches;
@@ -149,7 +156,8 @@ export function showTask(main, assignment, around) {
   const again = assignment.steps?.likert ? button("Back to step 1: each answer alone", () => showStep(true), { class: "quiet" }) : null;
   if (again) ranking.querySelector(".answers").prepend(again);
   const place = make("div", { class: "place-of-step" });
-  main.replaceChildren(make("div", { class: "task" }, conversation(assignment.task.prompt), place));
+  main.replaceChildren(make("div", { class: "task" }, assignment.sent_back ? sentBack(assignment.message) : null,
+    conversation(assignment.task.prompt), place));
 
   function showStep(alone) {
     single = alone
