@@ -10,15 +10,15 @@ same number of steps; held-out losses are those before the first and after the l
 
 Learning rates: each family of methods has three (`FAMILIES`; for dpo a tenth of them). All its
 methods take the one that serves its first method best, by the held-out loss of runs of half as many
-steps on another seed (--choice-seed). A rate at the edge of its family is marked in the table. --middle takes
-the second of the three unseen, which saves these runs.
+steps on another seed (--choice-seed). A rate at the edge of its family is marked in the table.
+--middle takes the second of the three unseen, which saves these runs.
 
 Prints one JSON object for each run, then a Markdown table for each stage with means over seeds and
 95 % intervals (Student's t over seeds). Lines are kept in results/tuning_methods.jsonl; a run whose
 line is there is not repeated, so the command resumes after an interruption and prints the table of
 existing results. All methods of a seed are run before the next seed. Of a method that cannot train
 here a line says why, and it is tried again. Artifacts of runs are removed once their line is kept;
-those that they start from stay in NAME-base, NAME-seed1 and so on.
+those that they start from stay in NAME-seed1 and so on.
 """
 
 import json
@@ -173,7 +173,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def rate_for(args: Namespace, stop: StopFlag, stage: str, family: str) -> float:
-    """Return the learning rate of a family's methods: the command line's, the middle one, or the best.
+    """Return the learning rate of a family's methods: the middle one, the given one or the best.
 
     Args:
         args: The command line.
@@ -292,12 +292,10 @@ def started_from(args: Namespace, stop: StopFlag, trial: Trial) -> tuple[str, li
     Returns:
         The experiment that has it, and its stages that the run takes.
     """
-    if trial.stage == "sft":
-        common, stages, options = f"{args.name}-base", ["base"], ["seed=0"]
-        if trial.method in SOFT_PROMPTS:
-            common, options = f"{common}-{trial.method}", [*options, f"model.peft={METHODS[trial.method][1]}"]
-    else:
-        common, stages, options = f"{args.name}-seed{trial.seed}", ["sft", "rankings"], [f"seed={trial.seed}"]
+    common, options = f"{args.name}-seed{trial.seed}", [f"seed={trial.seed}"]
+    stages = ["base"] if trial.stage == "sft" else ["sft", "rankings"]
+    if trial.method in SOFT_PROMPTS:
+        common, options = f"{common}-{trial.method}", [*options, f"model.peft={METHODS[trial.method][1]}"]
     for stage in stages:
         if (common, stage) not in args.up_to_date:
             rlhf(args, stop, stage, common, options)
@@ -339,7 +337,7 @@ def rlhf(
     if stop.requested:
         raise Interrupted()
     errors = [line.partition("error: ")[2] for line in text.splitlines() if "error: " in line]
-    if may_refuse and code == 2 and errors:
+    if may_refuse and code == 2 and errors and errors[0].startswith(("model.peft", f"{stage}.peft")):
         return errors[0]
     raise UserError(f"{name}: ended with exit code {code}: {text.strip()[-500:]}")
 
