@@ -72,14 +72,20 @@ def test_the_table_shows_refusals_and_means_over_seeds(tmp_path):
     common = {"stage": "sft", "steps": 4, "kind": "report"}
     rows = [
         {**common, "method": "lora", "seed": seed, "rate": 1e-3, "trained": 1200, "parameters": 480_000,
-         "before": {"step": 0, "loss": 4.5}, "peak_gb": 1.5, "seconds_a_step": 2.0,
+         "cpu_seconds_a_step": 1.25, "before": {"step": 0, "loss": 4.5}, "peak_gb": 1.5, "seconds_a_step": 2.0,
          "held_out": {"loss": loss}, "key": [args.name, *bench.Trial("lora", "sft", seed, 4, 1e-3, "report").key()]}
         for seed, loss in ((1, 2.0), (2, 3.0))
     ]  # fmt: skip
     rows += [{**common, "method": "bitfit", "seed": 0, "refused": "model.peft.method: none",
               "key": [args.name, *bench.Trial("bitfit", "sft", 0, 4, 1e-3, "choice").key()]}]  # fmt: skip
     text = bench.table(args, rows, "sft")
-    assert "| 1,200 " in text and "| 0.25 % " in text and "| 0.001 * " in text and "| 4.5000 " in text
+    assert (
+        "| 1,200 " in text
+        and "| 0.25 % " in text
+        and "| 0.001 * " in text
+        and "| 4.5000 " in text
+        and "| 1.25 " in text
+    )
     assert "2.5000 (" in text and "refused: model.peft" in text and "own" not in text
     assert "needs an sft model with its tokens" in bench.table(args, rows, "dpo")
 
@@ -114,6 +120,7 @@ def test_a_tiny_run_is_kept_and_not_repeated(tmp_path):
     assert lora["trained"] > 0 and lora["held_out"]["loss"] > 0 and lora["peak_gb"] > 0
     (soft,) = [row for row in rows if row["method"] == "prompt_tuning"]
     assert 0 < soft["trained"] < lora["trained"] < lora["parameters"] < soft["parameters"]
+    assert lora["cpu_seconds_a_step"] > 0 and soft["cpu_seconds_a_step"] > 0
     assert lora["before"]["step"] == soft["before"]["step"] == 0
     assert "{" not in done.stdout and f"| {lora['trained']:,}" in done.stdout
     assert not list((tmp_path / "a").glob("*report*"))
