@@ -24,7 +24,7 @@ from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
-from stages.models.soft_prompts import soft_prompt_ids, trains_soft_prompt, without_soft_prompt
+from stages.models.soft_prompts import trains_soft_prompt, unanswered_ids, without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
@@ -256,7 +256,7 @@ def make_trainer(
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or soft_prompt_ids(model):
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or unanswered_ids(model):
         trainer_class = with_plain_loss(trainer_class)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
