@@ -68,7 +68,7 @@ def test_they_are_never_answered(tied, tmp_path):
     prompt, head = encode_prompt(tokenizer, "is it red ?"), model.get_output_embeddings().weight
     likeliest = model(torch.tensor([prompt])).logits[0, -1].argmax()
     with torch.no_grad():
-        head[ids] = 50 * head[ids if tied else [likeliest] * len(ids)]
+        head[ids] = 50 * head[ids if tied else [likeliest.item()] * len(ids)]
     model.eval()
     assert model(torch.tensor([prompt])).logits[0, -1].argmax().item() in ids
     decoding = Decoding(12, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
