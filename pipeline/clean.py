@@ -20,6 +20,8 @@ from pipeline.trackers.names import FOLDERS as TRACKER_FOLDERS
 
 PEOPLE = "people"
 """Folder of what people said, below an experiment's."""
+ROUND = "round"
+"""Folder of what an earlier round's people gave to this one (`rlhf round next`)."""
 
 
 def clean_command(arguments: argparse.Namespace) -> int:
@@ -43,9 +45,9 @@ def clean_command(arguments: argparse.Namespace) -> int:
         print(f"{store.base}: nothing there")
         return 0
     present = sorted(path.name for path in store.base.iterdir())
-    keeps = PEOPLE in present and not arguments.with_labels
-    if keeps:
-        present.remove(PEOPLE)
+    kept = [name for name in (PEOPLE, ROUND) if name in present and not arguments.with_labels]
+    if kept:
+        present = [name for name in present if name not in kept]
         if not present:
             print(f"{store.base}: nothing but what people said; --with-labels removes that")
             return 0
@@ -60,8 +62,9 @@ def clean_command(arguments: argparse.Namespace) -> int:
         what = f"{store.base} ({size}): {' '.join(present) or 'empty'}"
         if PEOPLE in present:
             what += "; what people said goes with it, and nothing can make it again"
-        elif keeps:
-            what += f"; {PEOPLE}/ stays: what people said (--with-labels removes it too)"
+        elif kept:
+            what += f"; {'/ and '.join(kept)}/ {'stay' if len(kept) > 1 else 'stays'}: what people said (--with-labels "
+            what += f"removes {'them' if len(kept) > 1 else 'it'} too)"
         if takers := experiments_that_take(store):
             what += f"; stages of it are taken by {', '.join(takers)}, which cannot run again without them"
         if not arguments.yes:
@@ -72,7 +75,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
                 return 0
         print(f"removing {what}")
         # Renamed now, and removed when no lock file is open any more: NFS would keep an open file.
-        if keeps:
+        if kept:
             doomed.mkdir()
             for name in present:
                 os.rename(store.base / name, doomed / name)
@@ -119,7 +122,7 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """
     lines = []
     for name in present:
-        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm", PEOPLE) and not name.startswith("."):
+        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm", PEOPLE, ROUND) and not name.startswith("."):
             lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
     for name in stages:
         if store.is_held(name):

@@ -185,6 +185,7 @@ def build_parser() -> Parser:
     add_chat(commands)
     add_playground(commands)
     add_rank(commands)
+    add_round(commands)
     add_serve_reward(commands)
     add_compare(commands)
     add_data(commands)
@@ -401,6 +402,15 @@ def add_rank(commands: Any) -> None:
         "--tiers", metavar="A,B", help="with --import of Label Studio: its buckets, the best first (default: our own)"
     )
     rank.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
+
+
+def add_round(commands: Any) -> None:
+    """Add `rlhf round next`."""
+    round_ = add_command(commands, "round", "make the next round of an experiment from what people gave since")
+    round_.add_argument(
+        "action", choices=["next"], help="next: write the config and the data of the round after CONFIG"
+    )
+    round_.add_argument("--dry-run", action="store_true", help="say what it would be made of, and write nothing")
 
 
 def add_serve_reward(commands: Any) -> None:

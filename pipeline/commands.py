@@ -257,6 +257,9 @@ def status_command(arguments: argparse.Namespace) -> int:
         snapshots = importlib.import_module("stages.people.rank.snapshots")
         for line in snapshots.status_lines(store.base, experiment):
             chain.print_line(console, line)
+    rounds = importlib.import_module("stages.people.rounds.status")
+    for line in rounds.status_lines(store.base, experiment):
+        chain.print_line(console, line)
     return 0
 
 
@@ -369,6 +372,15 @@ def rank_command(arguments: argparse.Namespace) -> int:
     return rank.run(experiment, store, options, partial(chain.print_line, console), StopFlag())
 
 
+def round_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf round next`: make the next round of an experiment."""
+    experiment = load(arguments)
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    rounds = importlib.import_module("stages.people.rounds.command")
+    options = rounds.Options(dry_run=arguments.dry_run, artifacts=arguments.artifacts)
+    return rounds.run(experiment, store, options, make_console(hints.caller_from(arguments)))
+
+
 def serve_reward_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf serve-reward`: score what other programs send."""
     from pipeline.launch.signals import stop_on_signals
@@ -423,6 +435,7 @@ COMMANDS = {
     "chat": chat_command,
     "playground": playground_command,
     "rank": rank_command,
+    "round": round_command,
     "serve-reward": serve_reward_command,
     "compare": compare_command,
     "data": data_command,

@@ -99,9 +99,11 @@ def describe_today(
         inputs[f"folder:{key}"] = digests.facts(folder).sha256
     if data:
         data["validation_fraction"] = everything["data"]["validation_fraction"]
-    # the last four are recorded, but are no reason to redo anything
+    # what follows the seed is recorded, but is no reason to redo anything
     recorded_keys = (name, "model", "seed", "name", "tracking", "checkpoints", "launch")
     config = {key: everything[key] for key in recorded_keys if key in everything} | {"data": data}
+    if everything.get("round") is not None:
+        config["round"] = everything["round"]
     model = config.get("model", {})
     revision = model.pop("revision", None)
     if (key_and_name := stage.hub_model(experiment)) is not None:

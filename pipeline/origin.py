@@ -28,6 +28,7 @@ IGNORED_KEYS = (
     "checkpoints",
     "from_",
     "from",
+    "round",
     "sweep",
 )  # no finished stage depends on them
 YAML_WORDS = ("null", "true", "false")  # YAML does not parse them as strings

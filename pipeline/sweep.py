@@ -38,7 +38,7 @@ LONGEST = 40
 """Characters of a value in a name; longer ones are cut, and a digest keeps them apart."""
 LONGEST_NAME = 180
 """Characters of a name: file systems take 255 bytes."""
-UNSWEPT = ("name", "from", "sweep", "launch", "tracking", "checkpoints")
+UNSWEPT = ("name", "from", "round", "sweep", "launch", "tracking", "checkpoints")
 """Settings that no finished stage depends on: variants of them would all be the same."""
 
 Values = dict[str, Any]

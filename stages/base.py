@@ -3,6 +3,7 @@
 loss = − mean log π(token | before)     over documents, each ended by EOS, packed end to end
 """
 
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,14 +22,16 @@ from pipeline.stage import Source, StageRun
 from stages.models.adapters import refuse_untrained
 from stages.models.control_tokens import add_control_tokens
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
+from stages.models.given_adapter import merge_given
 from stages.models.loading import code_fails, from_scratch, load_pretrained
 from stages.models.publish import given_model, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
 from stages.models.soft_prompts import add_soft_prompt
 from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
-from stages.settings.base import BaseSettings, template_file
+from stages.settings.base import BaseSettings, adapter_folder, template_file
 from stages.settings.experiment import Experiment
+from stages.settings.peft import peft_of
 from stages.settings.training import total_steps
 from stages.shared.cards import ModelCard, card_text
 from stages.shared.inputs import split_documents
@@ -50,7 +53,8 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
         ctx.confirm_folders()
         for line in settled.lines:
             session.say(line)
-        refuse_untrained(settled.new_tokens, section.peft and section.peft.method, tokenizer)
+        peft = peft_of(ctx.experiment, "sft")
+        refuse_untrained(settled.new_tokens, peft and peft.method, tokenizer)
         check_reading(session, model, section.name_or_path, tokenizer.pad_token_id)
         figures, given_dtype = describe_given(provenance, runtime, model, settled)
     else:
@@ -66,7 +70,8 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
         if control := add_control_tokens(model, tokenizer, section.control_tokens):
             # sft trains their rows even where it trains an adapter
             figures = {**figures, "new_tokens": [*figures.get("new_tokens", []), *control]}
-            refuse_untrained(control, section.peft and section.peft.method, tokenizer)
+            peft = peft_of(ctx.experiment, "sft")
+            refuse_untrained(control, peft and peft.method, tokenizer)
         session.say(f"its prompts end with {section.control_tokens[-1]}, which asks for a good answer")
     figures = {**figures, "parameters": sum(p.numel() for p in model.parameters()), **session.notes.figures}
     text = card_text(provenance, ModelCard("a pretrained language model", figures=figures))
@@ -161,6 +166,9 @@ def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any
     model, tokenizer = load_pretrained(
         str(local_folder(name) or name), revision=provenance.model_revision, **runtime.load_options()
     )
+    adapter, line = adapter_folder(section), ""
+    if adapter is not None:
+        model, line = merge_given(model, adapter, name)
     settled = settle_tokens(
         model,
         tokenizer,
@@ -169,6 +177,8 @@ def load_given(provenance: Provenance, runtime: Runtime) -> tuple[nn.Module, Any
         variables=section.chat_template_kwargs,
         moment=datetime.now(),
     )
+    if line:
+        settled = replace(settled, lines=[line, *settled.lines])
     return model, tokenizer, settled
 
 
@@ -190,7 +200,9 @@ def describe_given(
     given = given_model(name, revision=provenance.model_revision, trust_remote_code=runtime.trust_remote_code)
     figures: dict[str, Any] = {"pretrained": name}
     if given.rows is not None:
-        figures["same_rows_as_given"] = given.rows == model.get_input_embeddings().weight.shape[0]
+        rows = model.get_input_embeddings().weight.shape[0]
+        # with an adapter merged, later adapters are on this model and not on the one of that name
+        figures["same_rows_as_given"] = given.rows == rows and provenance.model.adapter is None
     if settled.new_tokens:
         figures["new_tokens"] = settled.new_tokens  # sft trains their embeddings even where it trains an adapter
     if settled.stopped is not None:

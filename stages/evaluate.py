@@ -36,6 +36,7 @@ from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models,
 from stages.evaluation.panel_results import panel_figures
 from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, row_of, split_demonstrations
 from stages.evaluation.results import Measured
+from stages.evaluation.rounds import folders_of, measure_rounds
 from stages.evaluation.selecting import make_selector
 from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools, make_sampler
@@ -145,7 +146,50 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     rows = response_rows(prompts.prompts, prompts.clusters, prompts.leaked, measured)
     write_jsonl(ctx.publish / "responses.jsonl", rows)
     write_jsonl(ctx.publish / "greedy.jsonl", greedy)
+    if experiment.round is not None:
+        for line in publish_rounds(ctx, tools, prompts, measured, results["judge_name"], poll):
+            session.say(line)
     return manifest_figures(results, "ppo" if "ppo" in names else names[-1]) | session.notes.figures
+
+
+def publish_rounds(
+    ctx: StageRun[EvaluateSettings, Experiment],
+    tools: Tools,
+    prompts: EvaluationPrompts,
+    measured: dict[str, Measured],
+    judge: str | None,
+    poll: Callable[[], None],
+) -> list[str]:
+    """Write rounds.json: this round against the rounds before it.
+
+    Args:
+        ctx: The run.
+        tools: The judges, and how models are loaded.
+        prompts: The evaluation prompts.
+        measured: What was measured of each policy.
+        judge: The judge that decides; None: nobody.
+        poll: Called between two models; raises if the run is to stop.
+
+    Returns:
+        A line for each figure that cannot be measured.
+    """
+    settings = ctx.experiment.round
+    assert settings is not None, "there is an earlier round"
+    figures = measure_rounds(
+        settings,
+        folders_of(settings, ctx.inputs, ctx.experiment.name),
+        tools,
+        prompts,
+        measured,
+        judge=judge,
+        temperature=ctx.config.temperature,
+        runtime=with_accelerator(runtime_of(ctx)),
+        poll=poll,
+    )
+    ctx.confirm_folders()  # those of earlier rounds have been read
+    text = json.dumps(json_value(figures), indent=1) + "\n"
+    (ctx.publish / "rounds.json").write_text(text, encoding="utf-8")
+    return figures["notes"]
 
 
 def measure_policy(

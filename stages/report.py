@@ -6,9 +6,9 @@ not measured is left out, so an experiment of SFT and DPO without PPO has a page
 The room `page/` has one file for each subject. `experiment.py`, `data_table.py`,
 `settings_table.py` and `lineage.py` say what was run. `results_tables.py` and `trust.py` give the
 results as tables, `sentences.py` in words, `curves.py`, `gains.py` and `trust_plots.py` as plots;
-`samples.py` chooses samples, and `external.py` shows tests from outside. `drawing.py` draws the
-plots, `inline.py` fits them to the page, `report.html.j2` and `style.j2` are the page, and
-`terminal.py` prints the table that ends a run.
+`rounds.py` shows all rounds, `samples.py` chooses samples, and `external.py` shows tests from
+outside. `drawing.py` draws the plots, `inline.py` fits them to the page, `report.html.j2` and
+`style.j2` are the page, and `terminal.py` prints the table that ends a run.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageRun
 from pipeline.taking import taken_from
-from stages.page import curves, external, gains, lineage, panel, results_tables, samples, trust, trust_plots
+from stages.page import curves, external, gains, lineage, panel, results_tables, rounds, samples, trust, trust_plots
 from stages.page.curves import Journal
 from stages.page.data_table import data_table
 from stages.page.drawing import Picture, picture
@@ -50,7 +50,9 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
     best_of = ctx.experiment.evaluate.best_of
     names = NAMES | {"best_of_n": f"best of {best_of}"}
     rm = manifests.get("rm", {}).get("metrics", {})
+    of_rounds = rounds.read(folder)
     plots = {
+        "rounds": rounds.plots(of_rounds),
         "gains": gains.win_rates(results, names)
         + gains.gold_parts(results, names)
         + gains.frontier(results, journals.get("ppo"), best_of, names),
@@ -78,6 +80,8 @@ def run(ctx: StageRun[ReportSettings, Experiment]) -> dict[str, Any]:
         notes=notes(results),
         tiles=tiles(results, names),
         results_tables=results_tables.policy_tables(results, names),
+        rounds_tables=rounds.tables(of_rounds),
+        rounds_sentences=rounds.sentences(of_rounds),
         panel_tables=panel.tables(results, names),
         panel_sentences=panel.sentences(results),
         gold_tables=trust.gold_table(responses, results, names),
@@ -124,7 +128,10 @@ def topics_of(results: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> 
         "win_rate": any(policy["win_rate_vs_sft"] for policy in policies.values()),
         "perplexity": any(policy["pretrain_perplexity"] is not None for policy in policies.values()),
         "over": bool(checks) or results["judge"] == "gold",
-        "adapter": any(section(manifest, "model").get("peft") for manifest in manifests.values()),
+        "rounds": any(section(manifest, "round") for manifest in manifests.values()),
+        "adapter": any(
+            section(manifest, name).get("peft") for stage, manifest in manifests.items() for name in ("model", stage)
+        ),
     }
     return set(policies) | {topic for topic, covered in is_covered.items() if covered}
 

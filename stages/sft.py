@@ -90,11 +90,11 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
         )
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
     line = f"{data.report.line('demonstrations')}; {data.turns.text()}; {len(data.held_out)} held out; {steps} steps"
     session.say(f"{line}, then {more_steps} for ppo_init" if more_steps else line)
-    make = partial(make_policy, source, runtime, adapter_settings(ctx.experiment.model), provenance)
+    make = partial(make_policy, source, runtime, adapter_settings(provenance.model), provenance)
     samples = partial(
         show_samples, tokenizer=tokenizer, prompts=data.shown, seed=ctx.seed, response_length=config.sample_tokens
     )
@@ -166,9 +166,9 @@ def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSett
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction, limit = ctx.experiment.data.validation_fraction, LengthLimit(config.max_length, config.on_too_long, "sft")
-    if ctx.experiment.model.peft is not None:
+    if provenance.model.peft is not None:
         note_default_rate(session, config)
-    make = partial(make_policy, source, runtime, adapter_settings(ctx.experiment.model), provenance)
+    make = partial(make_policy, source, runtime, adapter_settings(provenance.model), provenance)
 
     # 1 what is asked in each round, and so the steps of each
     if how.samples_per_prompt is None:

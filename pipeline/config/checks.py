@@ -34,11 +34,24 @@ IN_FRONT = (
 )
 REFUSED_METHODS = {"prefix_tuning": IN_FRONT}
 
-OF_SOFT_PROMPTS = {
-    "prompt_tuning": ("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"),
-    "p_tuning": ("encoder_reparameterization_type", "encoder_hidden_size"),
+SOFT = ("prompt_tuning", "p_tuning")
+# Adapter settings → the methods that have them; others refuse all but the default.
+LOW_RANK = ("lora", "dora", "qlora", "adalora")
+OF_METHODS: dict[str, tuple[str, ...]] = {
+    "target_modules": LOW_RANK,
+    "init_r": ("adalora",),
+    "bits": ("qlora",),
+    "exclude_modules": LOW_RANK,
+    "layers_to_transform": LOW_RANK,
+    "modules_to_save": (*LOW_RANK, "ia3"),
+    "use_rslora": ("lora", "dora", "qlora"),
+    "init_lora_weights": ("lora", "qlora"),
+    "num_virtual_tokens": SOFT,
+    "prompt_tuning_init": SOFT,
+    "prompt_tuning_init_text": SOFT,
+    "encoder_reparameterization_type": ("p_tuning",),
+    "encoder_hidden_size": ("p_tuning",),
 }
-"""Settings of prompt_tuning, which p_tuning has too, and those of p_tuning alone."""
 
 Problem = tuple[tuple, str]
 
@@ -112,11 +125,30 @@ def model_path_problems(model: dict[str, Any]) -> list[Problem]:
     if folder is not None and (not text or "\0" in text or not folder.is_dir()):
         what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
         problems.append((("model", "name_or_path"), what))
+    elif folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        what = f"{text} holds an adapter; name the model that it was trained on here, and {text} in model.adapter"
+        problems.append((("model", "name_or_path"), what))
     text = model.get("chat_template")
     if isinstance(text, str) and ("\0" in text or not Path(text).expanduser().is_file()):
         what = f"no such file: {text}; should be a file with a Jinja chat template, or null"
         problems.append((("model", "chat_template"), what))
+    text = model.get("adapter")
+    if isinstance(text, str) and (wrong := adapter_folder_problem(text)):
+        problems.append((("model", "adapter"), wrong))
     return problems
+
+
+def adapter_folder_problem(text: str) -> str:
+    """Return what is wrong with the folder of an adapter; "" if nothing is."""
+    folder = Path(text).expanduser()
+    if not text or "\0" in text or not folder.is_dir():
+        return f"no such folder: {text}; should be one that peft saved an adapter in (download it from the Hub first)"
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
+    if not missing:
+        return ""
+    if (folder / "adapter_model.bin").is_file():
+        return f"{text} holds pickled weights, which are not read; save them with peft again as safetensors"
+    return f"{text} has no {' and no '.join(missing)}; should be a folder that peft saved an adapter in"
 
 
 def relative_to(text: str) -> str:
@@ -178,61 +210,113 @@ def head_problems(model: ModelSettings) -> list[str]:
 
 
 def adapter_problems(model: ModelSettings) -> list[str]:
-    """Return a line for each adapter setting that its method does not have."""
-    if model.peft is None:
-        return []
-    method, bits, init_r = model.peft.method, model.peft.bits, model.peft.init_r
-    problems = []
+    """Return a line for each adapter setting that its method does not have, or that cannot work."""
+    lines = [] if model.peft is None else peft_problems(model.peft, "model.peft")
+    if model.adapter is not None and model.name_or_path is None:
+        lines.append(
+            "model.adapter: a model from scratch has no adapter; name the model that it was trained on in "
+            "model.name_or_path"
+        )
+    return lines
+
+
+def peft_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line for each setting that the method does not have, or that cannot work.
+
+    Args:
+        peft: The settings.
+        place: The key that they stand under: "model.peft", or that of a stage.
+    """
+    method, problems = peft.method, []
     if method in REFUSED_METHODS:
         problems.append(
-            f"model.peft.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit, qlora, "
+            f"{place}.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit, qlora, "
             f"prompt_tuning or p_tuning"
         )
-    if bits is not None and method != "qlora":
-        problems.append(f"model.peft.bits: {bits} has no effect with method {method}; use qlora, or leave it out")
-    if init_r is not None and method != "adalora":
-        problems.append(f"model.peft.init_r: {init_r} has no effect with method {method}; use adalora, or leave it out")
-    elif init_r is not None and init_r < model.peft.r:
+    for key, methods in OF_METHODS.items():
+        value = getattr(peft, key)
+        if value != PeftSettings.model_fields[key].default and method not in (*methods, *REFUSED_METHODS):
+            problems.append(
+                f"{place}.{key}: {value} has no effect with method {method}; use {' or '.join(methods)}, or leave it "
+                f"out"
+            )
+    if method == "adalora" and peft.init_r is not None and peft.init_r < peft.r:
         problems.append(
-            f"model.peft.init_r: {init_r} is lower than r {model.peft.r}, the rank that adalora prunes to; raise it"
+            f"{place}.init_r: {peft.init_r} is lower than r {peft.r}, the rank that adalora prunes to; raise it"
         )
-    return problems + soft_prompt_problems(model.peft)
+    return problems + layer_problems(peft, place) + soft_prompt_problems(peft, place)
 
 
-def soft_prompt_problems(peft: PeftSettings) -> list[str]:
-    """Return a line for each setting of a soft prompt that its method does not have, or lacks."""
+def layer_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line for each choice of layers that names nothing, or that is no expression.
+
+    Args:
+        peft: The settings.
+        place: As of `peft_problems`.
+    """
     problems = []
-    for method, keys in OF_SOFT_PROMPTS.items():
-        methods = ("prompt_tuning", "p_tuning") if method == "prompt_tuning" else (method,)
-        for key in keys:
-            value = getattr(peft, key)
-            if value is not None and peft.method not in methods:
-                problems.append(
-                    f"model.peft.{key}: {value!r} has no effect with method {peft.method}; use {' or '.join(methods)}, "
-                    f"or leave it out"
-                )
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        value = getattr(peft, key)
+        if value is not None and (not value or (key != "layers_to_transform" and "" in list(value))):
+            problems.append(f"{place}.{key}: names nothing; name at least one, or leave it out")
+        elif isinstance(value, str) and (what := expression_problem(value)):
+            problems.append(
+                f"{place}.{key}: {value!r} is no regular expression ({what}); a name alone is a list: [NAME]"
+            )
+    is_pattern = isinstance(peft.target_modules, str) and peft.target_modules != "all-linear"
+    if is_pattern and peft.layers_to_transform is not None:
+        problems.append(
+            f"{place}.layers_to_transform: has no effect beside an expression in target_modules; let the expression "
+            f"name the layers, or list names there"
+        )
+    return problems
+
+
+def soft_prompt_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line where a soft prompt's start and its text do not fit; arguments as above."""
+    problems = []
     text, init = peft.prompt_tuning_init_text, peft.prompt_tuning_init
     if init == "text" and text is None:
-        problems.append("model.peft.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
+        problems.append(f"{place}.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
     elif init not in (None, "text") and text is not None:
-        problems.append(f"model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
+        problems.append(f"{place}.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
     return problems
+
+
+def expression_problem(text: str) -> str:
+    """Return what is wrong with a regular expression; "" if nothing is."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return ""
 
 
 def strategy_problems(experiment: Common) -> list[str]:
     """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
-    peft = experiment.model.peft
-    if peft is None or experiment.launch.strategy != "fsdp2":
+    peft, strategy = experiment.model.peft, experiment.launch.strategy
+    return [] if peft is None else sharding_problems(peft, strategy, "model.peft")
+
+
+def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str]:
+    """Return a line if an adapter method cannot be sharded.
+
+    Args:
+        peft: The settings of the adapter.
+        strategy: launch.strategy.
+        place: As of `peft_problems`.
+    """
+    if strategy != "fsdp2":
         return []
     if peft.method == "adalora":
         return [
-            "launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
-            "ddp, or model.peft.method: lora"
+            f"launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
+            f"ddp, or {place}.method: lora"
         ]
     if peft.method == "qlora":
         return [
-            "launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
-            "scales; use ddp, or model.peft.method: lora"
+            f"launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
+            f"scales; use ddp, or {place}.method: lora"
         ]
     return []
 

@@ -47,7 +47,7 @@ def describe(section: type[BaseModel], name: str) -> list[SettingRow]:
             shown = "required" if default is PydanticUndefined else show_default(default)
             unit, meaning = str(extra.get("unit", "")), info.description or ""
             rows.append(SettingRow(full, type_name(info.annotation), shown, unit, meaning))
-        if inner is not None and len(set(sections_in(info.annotation))) == 1:
+        if inner is not None and getattr(inner, "is_listed", True) and len(set(sections_in(info.annotation))) == 1:
             rows += describe(inner, full)
     return rows
 

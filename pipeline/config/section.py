@@ -1,6 +1,6 @@
 """Define `Section`, the base class of all settings, and `setting`, which declares one of them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,6 +9,9 @@ class Section(BaseModel):
     """Validate one section of the YAML strictly: types must match, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    is_listed: ClassVar[bool] = True
+    """Whether `--help` and configs/SETTINGS.md list what is inside, where it is optional."""
 
 
 def setting(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:

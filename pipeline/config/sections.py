@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -51,8 +51,11 @@ class PeftSettings(Section):
     init_r: int | None = setting(
         None, "rank that adalora starts with before it prunes; null: 1.5 × r, rounded up", ge=1
     )
-    target_modules: Literal["all-linear"] | list[str] = setting(
-        "all-linear", "names of the layers that get an adapter (unused by ia3 and bitfit)"
+    target_modules: str | list[str] = setting(
+        "all-linear",
+        "layers that get an adapter: all-linear, a list of names or ends of names ([q_proj, v_proj]), or a regular "
+        "expression that matches whole names ('.*layers\\.[0-3]\\..*_proj'); not with ia3 and bitfit, which choose "
+        "their own",
     )
     bits: Literal[4, 8] | None = setting(
         None,
@@ -75,6 +78,28 @@ class PeftSettings(Section):
         None, "network whose output p_tuning adds to the soft prompt while it trains; null: mlp"
     )
     encoder_hidden_size: int | None = setting(None, "width of that network; null: the width of the model", ge=1)
+    exclude_modules: str | list[str] | None = setting(
+        None, "layers that get no adapter although target_modules names them, in the same notation"
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = setting(
+        None, "indices of the decoder layers that get adapters, from 0; null: all of them"
+    )
+    modules_to_save: list[str] | None = setting(
+        None,
+        "names or ends of names of modules that train in full beside the adapter, such as [embed_tokens, lm_head]; a "
+        "reward model's head always does",
+    )
+    use_rslora: bool | None = setting(
+        None,
+        "scale adapters by lora_alpha / √r instead (rsLoRA: higher ranks keep learning as fast; lora, dora, qlora); "
+        "null: false",
+    )
+    init_lora_weights: Literal["pissa", "olora"] | None = setting(
+        None,
+        "what lora and qlora start from. pissa: the largest singular values and vectors of each weight; olora: its QR "
+        "decomposition. The model computes the same as before at the start either way; null: one random matrix and one "
+        "of zeros",
+    )
 
 
 class ModelSettings(Section):
@@ -118,7 +143,14 @@ class ModelSettings(Section):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more compute"
     )
-    peft: PeftSettings | None = setting(None, "train adapters instead of all weights; null: train all weights")
+    peft: PeftSettings | None = setting(
+        None, "train adapters instead of all weights; null: train all weights. sft, rm, ppo and dpo can change it"
+    )
+    adapter: str | None = setting(
+        None,
+        "folder of an adapter that peft saved (adapter_config.json, adapter_model.safetensors); `base` merges it into "
+        "the model of name_or_path, which it must have been trained on",
+    )
 
     @field_validator("publish_dtype", mode="before")
     @classmethod
@@ -371,6 +403,21 @@ class TakenSettings(Section):
     artifacts: str | None = setting(None, "folder of that experiment's artifacts; null: the one of --artifacts")
 
 
+class RoundSettings(Section):
+    """Say which round of collecting and training this is; `rlhf round next` writes it."""
+
+    number: int = setting(..., "number of the round; the experiment without this section is round 1", ge=2)
+    earlier: list[str] = setting(..., "folders of the artifacts of the rounds before, the first one first")
+    folder: str = setting(..., "folder of what was gathered for this round")
+    digests: dict[str, str] = setting({}, "stage of the round before → the digest of its manifest, when this was made")
+
+    @model_validator(mode="after")
+    def _one_folder_a_round(self) -> "RoundSettings":
+        if len(self.earlier) != self.number - 1:
+            raise ValueError(f"earlier should name {self.number - 1} folders, one for each round before this one")
+        return self
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """Name the file and the overrides that an experiment was read from."""
@@ -392,6 +439,7 @@ class Common(Section):
         description="finished stages of another experiment, or a list of several experiments, that are used as if "
         "they were made here: {experiment: tiny, stages: [world, base, sft]}. They must be what this config would make",
     )
+    round: RoundSettings | None = setting(None, "round 2 and later ones: which it is; `rlhf round next` writes it")
     sweep: dict[str, Any] | None = setting(
         None,
         "values to try, one experiment for each combination: {ppo.kl_coef: [0.05, 0.1], seed: [0, 1]}; used by "
@@ -437,6 +485,7 @@ class Common(Section):
 
 COMMON: dict[str, type[Section]] = {
     "from": TakenSettings,
+    "round": RoundSettings,
     "model": ModelSettings,
     "data": DataSettings,
     "tracking": TrackingSettings,

@@ -153,7 +153,7 @@ def explain(error: ValidationError, tree: Tree, experiment_class: type[BaseModel
     lines = []
     for path, items in errors.items():
         is_section = any(other != path and other[: len(path)] == path for other in errors)
-        if is_section and all(item["type"].endswith("_type") for item in items):
+        if is_section and all(item["type"].endswith(("_type", "literal_error")) for item in items):
             continue  # "should be a string" is noise next to the errors inside the mapping that was written
         where, key = tree.origin(path), dotted(path)
         kind = items[0]["type"]

@@ -20,9 +20,11 @@ from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero
 from stages.models.ensemble import members
 from stages.models.loading import load_scalar_model, new_reward_model, scalar_config, score_head, without_dropout
+from stages.models.principal import restore_start, start_from, write_as_lora
 from stages.models.publish import edit_json, save_model
 from stages.models.quantized import dequantize, quantize
 from stages.models.soft_prompts import SoftPrompt, merge_soft_prompt, train_soft_prompt
+from stages.models.targets import Choice, layer_options, modules_in_full, trains_ends, trains_tied
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
 FOLDER = "adapter"  # beside the merged weights of a published model
@@ -41,13 +43,23 @@ class AdapterSettings:
     lora_dropout: float = 0.0
     """Dropout on an adapter's input; used by sft only."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get an adapter, or "all-linear"."""
+    """Ends of the names of layers that get an adapter, a regular expression, or "all-linear"."""
     init_r: int | None = None
     """AdaLoRA's rank at the start; None: 1.5 · r, rounded up."""
     bits: int | None = None
     """Bits per frozen weight, 4 or 8, for QLoRA; None for other methods."""
     soft_prompt: SoftPrompt | None = None
     """The soft prompt of prompt tuning and P-tuning; None for other methods."""
+    exclude_modules: str | list[str] | None = None
+    """Layers that get no adapter, in the notation of target_modules."""
+    layers_to_transform: list[int] | None = None
+    """Indices of the decoder layers that get adapters; None: all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names or ends of names of modules that train in full."""
+    use_rslora: bool = False
+    """Whether the scale is divided by the rank's square root instead of the rank."""
+    start: str | None = None
+    """What LoRA starts from, "pissa" or "olora" (`principal.py`); None: it starts at 0."""
 
 
 def with_adapter(
@@ -91,9 +103,15 @@ def with_adapter(
     torch.manual_seed(seed)  # adapters start with random A matrices
     try:
         model = get_peft_model(model, config)
+    except TypeError as error:  # an adapter in a module that trains in full
+        raise UserError(f"model.peft.modules_to_save: {' '.join(str(error).split())[:300]}") from error
     except ValueError as error:  # no layer of that name, or of a kind the method does not support
         raise UserError(f"model.peft.target_modules: {' '.join(str(error).split())[:300]}") from error
     refuse_tied(unwrapped(model))
+    if getattr(config, "ensure_weight_tying", False):
+        refuse_untied(unwrapped(model))
+    if settings.start is not None:
+        start_from(model, settings.start)
     if new_tokens:
         check_token_rows(unwrapped(model))
     return (model if dropout else without_dropout(model)).eval()
@@ -113,6 +131,24 @@ def refuse_tied(inner: nn.Module) -> None:
         raise UserError(
             f"model.peft.target_modules: names the embedding or the head of this {inner.config.model_type} model, and "
             f"both are one weight; leave it out"
+        )
+
+
+def refuse_untied(inner: nn.Module) -> None:
+    """Refuse a model whose embedding and head were one weight and train apart now.
+
+    peft knows the names of the two in most families, not in all.
+
+    Args:
+        inner: The transformers model inside the adapted one.
+
+    Raises:
+        UserError: They are two weights.
+    """
+    if inner.get_input_embeddings().weight is not inner.get_output_embeddings().weight:
+        raise UserError(
+            f"model.peft.modules_to_save: embedding and head of this {inner.config.model_type} model are one weight, "
+            f"and peft would train two; leave them out, or train all weights (model.peft: null)"
         )
 
 
@@ -157,8 +193,11 @@ def token_rows(inner: nn.Module, new_tokens: Sequence[int]) -> dict[str, list[in
 
 
 def trains_token_rows(model: nn.Module) -> bool:
-    """Return whether single rows of the embedding or the head train (`token_rows`)."""
-    return is_adapted(model) and hasattr(unwrapped(model).get_input_embeddings(), "token_adapter")
+    """Return whether rows of the embedding or the head train: single ones (`token_rows`) or all."""
+    if not is_adapted(model):
+        return False
+    ends = (unwrapped(model).get_input_embeddings(), unwrapped(model).get_output_embeddings())
+    return any(hasattr(end, "token_adapter") or hasattr(end, "modules_to_save") for end in ends)
 
 
 @torch.no_grad()
@@ -197,6 +236,7 @@ def load_on_trunk(
     bits: int | None = None,
     trains: bool = False,
     trust_remote_code: bool = False,
+    start: AdapterSettings | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a reward model as an adapter on the model that rm started from.
@@ -210,6 +250,7 @@ def load_on_trunk(
         bits: Bits per weight that rm quantized the trunk to; None: it did not.
         trains: Whether adapter and head continue to train.
         trust_remote_code: Whether code that the model brings may run.
+        start: How the adapter was trained, if it was LoRA with a start and continues to train.
         options: More options of `load_scalar_model`.
     """
     from peft import PeftModel
@@ -223,7 +264,10 @@ def load_on_trunk(
     if bits is not None:
         quantize(model, bits)
     where = {"is_trainable": trains, "torch_device": "cpu"}
-    return without_dropout(PeftModel.from_pretrained(model, str(folder / FOLDER), **where)).eval()
+    model = PeftModel.from_pretrained(model, str(folder / FOLDER), **where)
+    if start is not None:
+        restore_start(model, start.r, start.lora_alpha / (start.r**0.5 if start.use_rslora else start.r))
+    return without_dropout(model).eval()
 
 
 def adapter_config(
@@ -247,9 +291,10 @@ def adapter_config(
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_LAYERS
 
     method = settings.method
+    saved = modules_in_full(model, settings.modules_to_save, scalar)
     options: dict[str, Any] = {
         "task_type": TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
-        "modules_to_save": ["score"] if scalar else None,
+        "modules_to_save": ["score", *saved] if scalar else saved or None,
     }
     if method == "bitfit":
         train_biases(model, list(score_head(model).parameters()) if scalar else [])
@@ -257,12 +302,17 @@ def adapter_config(
     if method == "ia3":
         if model.config.model_type not in IA3_LAYERS:
             raise UserError(f"model.peft.method: peft has no ia3 for a {model.config.model_type} model; use lora")
+        if not scalar and trains_tied(model, saved):
+            raise UserError(
+                "model.peft.modules_to_save: embedding and head are one weight in this model, and ia3 cannot train it "
+                "whole; use lora"
+            )
         return IA3Config(**options)  # keys, values and feed-forward layers, by peft's names
     options["lora_alpha"] = settings.lora_alpha
     options["lora_dropout"] = settings.lora_dropout
-    options["target_modules"] = settings.target_modules
-    if settings.target_modules == "all-linear":
-        options["exclude_modules"] = own_layers(model) or None
+    options["ensure_weight_tying"] = not scalar and trains_tied(model, saved)
+    choice = Choice(settings.target_modules, settings.exclude_modules, settings.layers_to_transform)
+    options |= layer_options(model, choice, scalar)
     if method == "adalora":
         # peft's own penalty and schedule are switched off (0 and 1 step): the optimizer of
         # stages/models/adalora.py does both.
@@ -271,24 +321,11 @@ def adapter_config(
     assert method in ("lora", "dora", "qlora")
     if method == "qlora":
         assert settings.bits is not None
-        quantize(model, settings.bits)
-    rows = token_rows(model, new_tokens)
+        quantize(model, settings.bits, saved)
+    rows = token_rows(model, [] if trains_ends(model, saved) else new_tokens)
+    if settings.use_rslora:
+        options["use_rslora"] = True
     return LoraConfig(r=settings.r, use_dora=method == "dora", trainable_token_indices=rows, **options)
-
-
-def own_layers(inner: nn.Module) -> list[str]:
-    """Return the names of linear layers whose forward pass is the family's own.
-
-    Llama 4's routers, for example, return two tensors. An adapter can only add to the one result of
-    a plain linear layer.
-    """
-    return [
-        name
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).__module__.startswith("transformers.models.")
-        and type(module).forward is not nn.Linear.forward
-    ]
 
 
 def train_biases(model: nn.Module, head: list[nn.Parameter]) -> None:
@@ -368,9 +405,11 @@ def save_adapter(model: nn.Module, folder: Path, base: tuple[str, str | None] = 
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = ""  # otherwise peft would look there for the vocabulary, even on the Hub
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)  # a set has no stable order
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))  # a set has no stable order
     model.save_pretrained(folder / FOLDER)
+    write_as_lora(model, folder / FOLDER)
     name, revision = base
     named = {"base_model_name_or_path": name, "revision": revision}
     edit_json(folder / FOLDER / "adapter_config.json", lambda config: config | named)
@@ -428,7 +467,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for member in members(model):
         for name, p in unwrapped(member).named_parameters():
             if not p.requires_grad:
-                yield name.replace(".base_layer", ""), p
+                yield plain_name(name), p
 
 
 @contextlib.contextmanager
@@ -439,6 +478,11 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
     """
     with model.disable_adapter():
         yield model
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a frozen weight of an adapted model has in the model itself."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

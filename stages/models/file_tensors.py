@@ -10,6 +10,9 @@ from stages.models.adapters import has_adapter, unwrapped
 from stages.models.quantized import Quantized, dequantize
 from stages.models.sharding import fsdp_modules, is_sharded
 
+SAVED = ".modules_to_save.default"
+"""Part of the names inside a module that trains in full beside an adapter."""
+
 
 @torch.no_grad()
 def file_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -27,7 +30,7 @@ def file_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             part.unshard()
         for module in own_modules(part, set(parts) - {part}):
             for name, x in own_tensors(as_in_file(module)).items():
-                yield f"{names[module]}.{name}".lstrip("."), x
+                yield f"{names[module]}.{name}".lstrip(".").replace(SAVED, ""), x
         if is_sharded(model):
             part.reshard()
 
@@ -39,6 +42,9 @@ def own_modules(module: nn.Module, others: set[nn.Module]) -> Iterator[nn.Module
         module: Where to start.
         others: Modules to leave out, with all below them.
     """
+    if hasattr(module, "modules_to_save"):  # a module that trains in full: its copy in place of the original
+        yield from own_modules(module.modules_to_save["default"], others)
+        return
     yield module
     if not has_adapter(module):
         for child in module.children():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from stages.models.adapters import is_adapted, unwrapped
+from stages.models.adapters import is_adapted, plain_name, unwrapped
 from stages.models.ensemble import members
 
 
@@ -47,6 +47,6 @@ def uncast(model: nn.Module, reload: Callable[[], nn.Module]) -> None:
     named = unwrapped(model).named_parameters()
     cast = [(name, p) for name, p in named if p.is_floating_point() and p.dtype != torch.float32]  # integers: quantized
     if cast:
-        known = {name.replace(".base_layer", ""): p for name, p in unwrapped(reload()).named_parameters()}
+        known = {plain_name(name): p for name, p in unwrapped(reload()).named_parameters()}
         for name, p in cast:
-            p.data = known[name.replace(".base_layer", "")].data.to(p.device)
+            p.data = known[plain_name(name)].data.to(p.device)

@@ -8,6 +8,7 @@ activations, which would make a row's numbers depend on the other rows of its ba
 a model that no dequantized weights reproduce.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,11 +103,21 @@ def quantized_tensors(weight: Tensor, bits: int) -> dict[str, Tensor]:
     return {"weight": nibbles, "absmax": absmax, "scales": second.absmax, "offset": offset, "code": code}
 
 
-def quantize(model: nn.Module, bits: int) -> None:
-    """Quantize every linear layer of a model except its output embedding or scalar head."""
+def quantize(model: nn.Module, bits: int, apart_from: Sequence[str] = ()) -> None:
+    """Quantize every linear layer of a model except its output embedding or scalar head.
+
+    Args:
+        model: The model; changed.
+        bits: 4 or 8.
+        apart_from: Names of modules that train in full, with all below them.
+    """
     apart = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
     found = [
-        name for name, layer in model.named_modules() if type(layer) is nn.Linear and all(layer is not x for x in apart)
+        name
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear
+        and all(layer is not x for x in apart)
+        and not any(f"{name}.".startswith(f"{kept}.") for kept in apart_from)
     ]
     if not found:
         raise UserError(

@@ -57,7 +57,7 @@ class Roles:
     policy: nn.Module
     """Trains."""
     ref_policy: nn.Module | None
-    """The policy at its start; None: the policy with its adapter off."""
+    """What KL is measured to: SFT. None: the policy with its adapter off."""
     reward_models: Mapping[str, nn.Module]
     """Name of a scorer → the model that scores. Frozen; each may be an Ensemble."""
     value_model: nn.Module | None
@@ -141,18 +141,28 @@ class RoleFolders:
     """Name the folders that the models of a PPO run are loaded from."""
 
     policy: Path
-    """Policy and reference."""
+    """The policy at its start."""
     reward_models: tuple[RewardFolder, ...] = ()
     """Reward models; the value model starts as the first of them."""
     judge: RewardFolder | None = None
     """The reward model that PPO does not climb, or None."""
     has_value_model: bool = True
     """Whether a value model is loaded."""
+    value_continues: bool = True
+    """Whether the value model continues the adapter of the first reward model.
+
+    Otherwise rm and ppo train other adapters, and it gets one of its own, on that model's merged
+    weights."""
+    reference: Path | None = None
+    """The reference; None: the policy at its start."""
 
     @property
     def trunk(self) -> Path | None:
         """The trunk that the value model's adapter is on; None if it is not known."""
-        return self.reward_models[0].trunk if self.reward_models else self.policy
+        if not self.reward_models:
+            return self.policy
+        first = self.reward_models[0]
+        return first.trunk if self.value_continues else first.folder.path
 
 
 @dataclass(frozen=True)
@@ -217,13 +227,16 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
         """Return what loads a scalar model whose adapter is on a trunk."""
         return partial(load_on_trunk, trunk=trunk if adapter.method is not None else None, bits=adapter.bits)
 
+    start = None if adapter.start is None else adapter
+
     def load_value_start(trains: bool = False) -> nn.Module:
         """Load the first reward model; without one, the policy with a new head."""
         if not folders.reward_models:
             return fit_rows(new_reward_model(folders.policy, seed=options.value_seed, **loading), ids)
         first = folders.reward_models[0]
-        more = {"trains": True} if trains else {}
-        return fit_rows(load_scalar(first.trunk)(first.folder.path, **more, **loading), ids)
+        more = {"trains": True, "start": start} if trains else {}
+        trunk = first.trunk if folders.value_continues else None
+        return fit_rows(load_scalar(trunk)(first.folder.path, **more, **loading), ids)
 
     def load_value_model() -> nn.Module:
         model = load_value_start(trains=True)
@@ -236,7 +249,17 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
 
     policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
-    ref_policy = None if is_adapted(policy) else place(lambda: load_start().requires_grad_(False))
+
+    def load_reference() -> nn.Module:
+        path = folders.reference or folders.policy
+        model = load_policy(path, **loading)
+        if path != folders.policy:
+            check_same_tokenizer(load_tokenizer(path, **trust), tokenizer, str(folders.policy))
+            if model.get_input_embeddings().weight.shape[0] != ids:
+                raise UserError(f"{folders.policy}: has {ids} rows of embeddings, not as many as {path}; name another")
+        return model.requires_grad_(False)
+
+    ref_policy = None if is_adapted(policy) else place(load_reference)
     reward_models = {one.name: load_frozen(load_scalar(one.trunk), one) for one in folders.reward_models}
     value_model = place(load_value_model) if folders.has_value_model else None
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)

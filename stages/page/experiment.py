@@ -5,6 +5,8 @@ today.
 """
 
 from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
 
 from stages.page.manifests import Manifest, commit_of, common_versions, metrics_of, ordered, seconds_of, section, shown
 from stages.page.numbers import duration
@@ -27,6 +29,7 @@ def facts(manifests: dict[str, Manifest]) -> list[tuple[str, list[str]]]:
     each = " · ".join(f"{stage} {duration(taken)}" for stage, taken in seconds.items())
     libraries = " · ".join(f"{name} {version}" for name, version in common_versions(manifests).items())
     answers = [
+        ("Round", round_lines(manifests)),
         ("Base model", base_model(manifests)),
         ("What is trained", [adapter(manifests)]),
         ("Seed", sorted({str(manifest["seed"]) for manifest in manifests.values()})),
@@ -60,17 +63,40 @@ def base_model(manifests: dict[str, Manifest]) -> list[str]:
     return [str(name), line, count]
 
 
+def round_lines(manifests: dict[str, Manifest]) -> list[str]:
+    """Return which round this is and what it follows; nothing in round 1."""
+    # a stage that was taken from an earlier round records that one
+    recorded = [section(manifest, "round") for _, manifest in ordered(manifests)]
+    newest = max(recorded, key=number_of, default={})
+    if not newest:
+        return []
+    names = [PurePath(folder).name for folder in newest["earlier"]]
+    digests = [f"{stage} {digest[:12]}" for stage, digest in newest["digests"].items()]
+    return [f"{newest['number']}, after {', '.join(names)}", f"made of {', '.join(digests)} of {names[-1]}"]
+
+
+def number_of(recorded: dict[str, Any]) -> int:
+    """Return the number of a round; 1 where a manifest records none."""
+    return recorded.get("number", 1)
+
+
 def adapter(manifests: dict[str, Manifest]) -> str:
     """Say which weights are trained: all of them, or those of an adapter."""
     adapters = [peft for _, manifest in ordered(manifests) if (peft := section(manifest, "model").get("peft"))]
-    if not adapters:
-        return "all weights, no adapter"
-    peft = adapters[0]
-    if peft.get("method") in ("prompt_tuning", "p_tuning"):
-        length = peft.get("num_virtual_tokens") or 20
-        return f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
-    parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
-    return f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+    others = {stage: peft for stage, manifest in ordered(manifests) if (peft := section(manifest, stage).get("peft"))}
+    text = "all weights, no adapter"
+    if adapters:
+        peft = adapters[0]
+        parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
+        text = f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+        if peft.get("method") in ("prompt_tuning", "p_tuning"):
+            length = peft.get("num_virtual_tokens") or 20
+            text = f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
+    for stage, peft in others.items():
+        keys = peft.items() if isinstance(peft, dict) else ()
+        parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]
+        text += f"; {stage}: {', '.join(parts) or 'all weights'}"
+    return text
 
 
 def hardware(manifests: dict[str, Manifest]) -> list[str]:

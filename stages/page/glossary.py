@@ -34,6 +34,7 @@ WORDS = (
     ("", "95\u00a0% interval", "A range that would contain the true value in 95 of 100 such experiments."),
     ("rm", "Calibration error (ECE)", "How far the reward model's confidence is from how often it is correct."),
     ("rm", "K", "The number of responses to a prompt that a labeler ranked at once."),
+    ("rounds", "Round", "Collecting labels of what the newest policy answers, and training on all labels so far."),
     ("adapter", "Adapter", "Small matrices that are trained in place of the model's own weights."),
 )  # fmt: skip
 """(what a page must contain to need the word, "" for every page; the word; its meaning)."""
@@ -44,7 +45,7 @@ def glossary(topics: set[str]) -> list[tuple[str, str]]:
 
     Args:
         topics: The policies on the page, and "gold", "rm", "held_out", "kept", "judges",
-            "win_rate", "perplexity", "over" and "adapter" where the page covers them.
+            "win_rate", "perplexity", "over", "rounds" and "adapter" where the page covers them.
 
     Returns:
         (word, meaning) of each, in alphabetical order.

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.errors import UserError
+from stages.page import rounds
 from stages.page.numbers import NONE, fixed, interval, number, percent
 from stages.page.results import NAMES, complete, judge_name, quality
 from stages.page.sentences import cut_sentences, marks, notes
@@ -39,6 +40,8 @@ def show(folder: Path, console: Console) -> None:
     console.print(policy_table(results))
     if line := reward_model_line(results["reward_model"]):
         console.print(Text(f"\n{line}"))
+    if line := rounds.line(rounds.read(evaluation_of(folder))):
+        console.print(Text(line), soft_wrap=True)
     for line in other_judges(results):
         console.print(Text(line), soft_wrap=True)
     for line in notes(results):

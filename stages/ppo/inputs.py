@@ -20,6 +20,7 @@ from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOpti
 from stages.models.same_tokenizer import difference_of
 from stages.rollouts.rollout import DrawnPrompt
 from stages.settings.experiment import Experiment
+from stages.settings.peft import peft_of
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
@@ -109,18 +110,21 @@ def role_folders(
     """Return where the models of a run are.
 
     Args:
-        start: Folder of the model that policy and reference start as.
+        start: Folder of the reference, and of the policy unless ppo.start_from names another.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
         trust_remote_code: Whether code that the models bring may run.
     """
     c, reward_models = experiment.ppo, []
+    adapters = [peft_of(experiment, stage) for stage in ("rm", "ppo")]
+    same_weights = len({None if peft is None or peft.method != "qlora" else peft.bits or 4 for peft in adapters}) == 1
     for key, name, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
         if settings.is_own():
             own = inputs["rm"] / "model"
-            folder, trunk, others = NamedFolder("rm", own), inputs["sft"] / "model", others_of(own)
+            trunk = inputs["sft"] / "model" if same_weights else None  # rm may have quantized it, or ppo
+            folder, others = NamedFolder("rm", own), others_of(own)
         elif c.rewards is None or reads_ids_of(settings, start, trust_remote_code=trust_remote_code):
             first, *others = settings.folders()
             folder, trunk = NamedFolder(key, first), None
@@ -133,8 +137,14 @@ def role_folders(
         path = Path(c.held_out_reward_model).expanduser()
         named = NamedFolder("ppo.held_out_reward_model", path)
         judge = RewardFolder("held_out", named, others=tuple(others_of(path)))
+    is_own = bool(reward_models) and reward_models[0].folder.key == "rm"
     return RoleFolders(
-        policy=start, reward_models=tuple(reward_models), judge=judge, has_value_model=has_value_model(c)
+        policy=start if c.start_from is None else Path(c.start_from).expanduser(),
+        reward_models=tuple(reward_models),
+        judge=judge,
+        has_value_model=has_value_model(c),
+        value_continues=not is_own or adapters[0] == adapters[1],
+        reference=start,
     )
 
 

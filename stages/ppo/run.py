@@ -175,12 +175,12 @@ def set_up(
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
     folders = role_folders(start, provenance.inputs, experiment, trust_remote_code=runtime.trust_remote_code)
-    roles = load_models(session, folders, runtime, adapter_settings(experiment.model), c.max_length)
+    roles = load_models(session, folders, runtime, adapter_settings(provenance.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
     spec = engine_spec(
         name,
-        start,
+        folders.policy,
         runtime,
         experiment.launch,
         work=session.checkpoints.folder.parent,
@@ -263,7 +263,13 @@ def begin(setup: Setup, c: PPOSettings) -> int:
     if run.computed_on != computed_on:
         few = streams.drawn(range(len(streams.train))[: 2 * c.per_device_train_batch_size])
         run.recompute = preflight(
-            sampler, few, dtype=setup.runtime.dtype, max_length=c.max_length, step=step, poll=leave
+            sampler,
+            few,
+            dtype=setup.runtime.dtype,
+            max_length=c.max_length,
+            step=step,
+            poll=leave,
+            from_reference=c.start_from is None,
         )
         run.computed_on = computed_on
     return step

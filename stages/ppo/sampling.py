@@ -195,6 +195,7 @@ def preflight(
     max_length: int,
     step: int = 0,
     poll: Callable[[], None] = no_poll,
+    from_reference: bool = True,
 ) -> bool:
     """Check that the update repeats the rollout's numbers (ratio 1), and that KL starts at 0.
 
@@ -205,6 +206,7 @@ def preflight(
         max_length: The longest prompt and response together, in tokens.
         step: Index of the update that the run is at; KL to the reference is only checked at 0.
         poll: Is called between tokens and micro-batches.
+        from_reference: Whether the policy starts as the reference; not with ppo.start_from.
 
     Returns:
         Whether log-probabilities must be computed again after sampling, because the sampler's
@@ -240,7 +242,7 @@ def preflight(
             f"{limit:g}), because the forward pass is not repeatable; {update_remedy}"
         )
     kl = masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), rollout.mask).item()
-    if step == 0 and not kl <= limit:
+    if step == 0 and from_reference and not kl <= limit:
         raise UserError(
             f"ppo preflight: KL to the reference is {kl:.2g} nats a token before the first update and must be 0, so "
             f"policy and reference are different models; redo sft (--force) and run again"

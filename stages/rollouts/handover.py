@@ -8,6 +8,7 @@ memory. A handle is pickled as torch's multiprocessing pickles it.
 import base64
 import io
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.adapters import has_adapter, unwrapped
+from stages.models.principal import as_lora, lora_config
+from stages.models.publish import edit_json
 from stages.models.sharding import gather_tensors
 
 BATCH_BYTES = 2 * 2**30  # about the size of a batch of weights, which are copies where dtypes differ
@@ -77,14 +80,21 @@ def lora_arguments(model: nn.Module) -> dict[str, Any]:
     problem = None
     if getattr(config, "peft_type", None) != "LORA" or config.use_dora:
         problem = "only LoRA can be handed over alone"
+    elif set(config.modules_to_save or ()) - {"score"}:
+        problem = "vLLM takes no modules_to_save beside an adapter"
     elif any(has_adapter(end) for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end):
         problem = "the embedding or the head has an adapter too"
-    elif config.r > RANKS[-1]:
+    elif rank_of(model) > RANKS[-1]:
         problem = f"vLLM takes no rank above {RANKS[-1]}"
     if problem:
         raise UserError(f"launch.vllm.adapter_alone: {problem}; set it to false")
-    rank = next(rank for rank in RANKS if rank >= config.r)
+    rank = next(rank for rank in RANKS if rank >= rank_of(model))
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+
+
+def rank_of(model: nn.Module) -> int:
+    """Return the rank of a policy's adapter as plain LoRA, which is how vLLM gets it."""
+    return lora_config(model, {"r": model.peft_config["default"].r})["r"]
 
 
 def write_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> str | None:
@@ -103,6 +113,7 @@ def write_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> str | N
     tensors = gather_tensors(get_peft_model_state_dict(model, save_embedding_layers=False))
     if not parallel.is_rank_zero():
         return None
+    tensors = as_lora(model, tensors)
     config = model.peft_config["default"]
     config.base_model_name_or_path = ""
     try:
@@ -111,6 +122,7 @@ def write_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> str | N
             {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}, folder / "adapter_model.safetensors"
         )
         config.save_pretrained(str(folder))
+        edit_json(folder / "adapter_config.json", partial(lora_config, model))
     except OSError as error:  # the disk is full
         return str(error)
     return None

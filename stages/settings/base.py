@@ -60,10 +60,11 @@ def reads(experiment: "Experiment") -> list[str]:
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:
-    """Return the base model's folder and the file of its chat template, as far as they are set."""
+    """Return the folders of base model and adapter, and the file of its chat template, if set."""
     paths = {
         "model.name_or_path": local_folder(experiment.model.name_or_path),
         "model.chat_template": template_file(experiment.model),
+        "model.adapter": adapter_folder(experiment.model),
     }
     return {key: path for key, path in paths.items() if path is not None}
 
@@ -71,6 +72,11 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 def template_file(model: ModelSettings) -> Path | None:
     """Return the file that model.chat_template names, if it is set."""
     return None if model.chat_template is None else Path(model.chat_template).expanduser()
+
+
+def adapter_folder(model: ModelSettings) -> Path | None:
+    """Return the folder that model.adapter names, if it is set."""
+    return None if model.adapter is None else Path(model.adapter).expanduser()
 
 
 def hub_model(experiment: "Experiment") -> tuple[str, str] | None:

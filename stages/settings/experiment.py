@@ -18,6 +18,7 @@ from stages.settings.refusals import RefusalsSettings
 from stages.settings.report import ReportSettings
 from stages.settings.reward_bench import RewardBenchSettings
 from stages.settings.rm import RMSettings
+from stages.settings.rounds import RoundsSettings
 from stages.settings.sft import SFTSettings
 from stages.settings.world import WorldSettings
 
@@ -28,7 +29,7 @@ STAGES: dict[str, Stage] = {
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}
 # Sections of commands that are no stages: of what people say in a browser.
-PEOPLE: dict[str, type[Section]] = {"rank": RankSettings, "playground": PlaygroundSettings}
+PEOPLE: dict[str, type[Section]] = {"rank": RankSettings, "playground": PlaygroundSettings, "rounds": RoundsSettings}
 
 
 class Experiment(Common):
@@ -48,3 +49,4 @@ class Experiment(Common):
     report: ReportSettings = Field(default_factory=ReportSettings)
     rank: RankSettings = Field(default_factory=RankSettings)
     playground: PlaygroundSettings = Field(default_factory=PlaygroundSettings)
+    rounds: RoundsSettings = Field(default_factory=RoundsSettings)

@@ -7,8 +7,10 @@ from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
 from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import has_rankings
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
+from stages.settings.rounds import start_problems
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import OWN, ModelScorer
 from stages.settings.scorers.scorer import (
@@ -185,6 +187,10 @@ class PPOSettings(Section):
         "[{model: rm}, {python: reward.py:score, weight: 0.5}] (stages/scorers/README.md). null: the reward model of "
         "rm, or reward_model",
     )
+    start_from: str | None = setting(
+        None,
+        "folder of a policy that PPO starts from, as the last round's; null: SFT. KL is measured to SFT either way",
+    )
     reward_model: str | None = setting(None, "folder of a reward model to use instead of rm's")
     reward_ensemble: How = setting(
         "mean", "how the scores of the models of rm.ensemble are combined: their mean or their minimum"
@@ -208,6 +214,7 @@ class PPOSettings(Section):
         0.1, "fraction of its first value below which the entropy raises an alarm", ge=0, lt=1
     )
     on_alarm: Literal["warn", "stop"] = setting("warn", "what to do on an alarm; stop: save a checkpoint and exit 3")
+    peft: StagePeft = peft_setting()
 
     def schedule(self, updates: int) -> Schedule:
         """Return the policy's learning rate as a function of the update, for that many updates."""
@@ -252,6 +259,8 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
         paths = scorer_files("ppo.rewards", settings.rewards)
     else:
         paths = with_others("ppo.reward_model", settings.reward_model)
+    if settings.start_from is not None:
+        paths["ppo.start_from"] = Path(settings.start_from).expanduser()
     return paths | with_others("ppo.held_out_reward_model", settings.held_out_reward_model)
 
 
@@ -289,7 +298,7 @@ def named_rewards(settings: PPOSettings) -> list[tuple[str, str, ScorerSection]]
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     settings = experiment.ppo
-    lines = batch_problems(settings)
+    lines = batch_problems(settings) + stage_problems(experiment, "ppo")
     lines += no_room_for_prompt(experiment, "ppo")
     lines += over_context(experiment, "ppo", *text_lengths(settings))
     if settings.ptx_coef and ptx_batch_size(settings) < 1:
@@ -307,6 +316,7 @@ def check(experiment: "Experiment") -> list[str]:
         folder = getattr(settings, key)
         if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
             lines.append(f"ppo.{key}: {folder} has no config.json; give the model/ folder of a reward model")
+    lines += start_problems(experiment, "ppo", settings.start_from)
     lines += reward_problems(settings) + advantage_problems(settings)
     lines += correction_problems(settings.rollout) + hand_over_problems(experiment)
     for name in sorted(set(SET_BY_PPO) & set(experiment.launch.vllm.options)):
@@ -385,8 +395,9 @@ def text_lengths(settings: PPOSettings) -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks."""
-    lines = missing_engine(experiment, "ppo") + missing_of_scorers("ppo.rewards", experiment.ppo.rewards or [])
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    lines = missing_package(experiment, "ppo") + missing_engine(experiment, "ppo")
+    lines += missing_of_scorers("ppo.rewards", experiment.ppo.rewards or [])
     return lines + over_folder_context(experiment, "ppo", *text_lengths(experiment.ppo))
 
 

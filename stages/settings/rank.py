@@ -1,7 +1,10 @@
 """Declare the section `rank`: the ranking page that `rlhf rank` serves. It is no stage."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from pydantic import field_validator
 
 from pipeline.config.section import Section, setting
 from stages.settings.checks import folder_context, too_long_for
@@ -11,10 +14,14 @@ from stages.settings.training import TooLong
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
-FILES = ("answers", "known", "guidelines", "flags")
+FILES = ("answers", "prompts_from", "known", "guidelines", "flags")
 """Settings that name a file."""
 AS_RANKINGS = ("response_length", "max_length", "temperature", "top_k", "top_p", "batch_size")
 """Settings whose null stands for the same setting of the section rankings."""
+
+
+POLICY = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?(?:sft|ppo|dpo)")
+"""A policy: a stage, or EXPERIMENT/STAGE."""
 
 
 class RankSettings(Section):
@@ -23,14 +30,19 @@ class RankSettings(Section):
     Nothing of it is in a stage's fingerprint: what people say reaches the chain by data.rankings.
     """
 
-    policies: list[Literal["sft", "ppo", "dpo"]] = setting(
-        ["sft"], "finished stages that answer; of several, each gives its share of a task's answers"
+    policies: list[str] = setting(
+        ["sft"],
+        "finished stages that answer, or EXPERIMENT/STAGE for one of another experiment in the same --artifacts; of "
+        "several, each gives its share of a task's answers",
     )
     samples_per_prompt: int = setting(
         6, "K, the number of answers to each prompt (the paper: 4 to 9); identical ones are shown once", ge=2, le=9
     )
     prompts: int | None = setting(
         100, "number of prompts of data.prompts that get a task; null: all. Raise it to append tasks", "prompts", ge=1
+    )
+    prompts_from: str | None = setting(
+        None, "file of prompts that get a task, in the file's order; null: data.prompts, in a random order"
     )
     answers: str | None = setting(
         None,
@@ -80,6 +92,17 @@ class RankSettings(Section):
     )
     port: int = setting(0, "port; 0: any free one, the same as last time where that is free", ge=0, le=65535)
 
+    @field_validator("policies")
+    @classmethod
+    def _known_policies(cls, value: list[str]) -> list[str]:
+        """Refuse what is neither a stage nor EXPERIMENT/STAGE."""
+        for name in value:
+            if not POLICY.fullmatch(name):
+                raise ValueError(
+                    f"{name} is no policy; use sft, ppo or dpo, or EXPERIMENT/ppo for another experiment's"
+                )
+        return value
+
 
 def sampled_as(experiment: "Experiment", name: str) -> float | int | None:
     """Return a setting of sampling: rank's own, or that of the section rankings."""
@@ -123,6 +146,6 @@ def problems(experiment: "Experiment") -> list[str]:
         context = experiment.model.max_position_embeddings
     if section.max_length is not None:
         lines += too_long_for(context, section, "rank")
-    if experiment.data.prompts is None:
+    if experiment.data.prompts is None and section.prompts_from is None:
         lines.append("data.prompts: none is given, and rank samples answers to them; give a file, or set rank.answers")
     return lines

@@ -1,12 +1,15 @@
 """Declare the stage rm: its settings, metrics, inputs and checks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
+from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
-from stages.settings.training import ACCUMULATION, PreferenceTraining
+from stages.settings.rounds import start_problems
+from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -16,6 +19,7 @@ METRICS = {
     "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
     "over all held-out pairs; equal scores count half)",
     "margin": "mean score difference between the preferred and the other response",
+    **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
@@ -35,8 +39,10 @@ class RMSettings(PreferenceTraining):
         gt=0,
     )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
-    loss_type: Literal["sigmoid", "plackett_luce"] = setting(
-        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
+    loss_type: Literal["sigmoid", "plackett_luce", "davidson", "davidson_luce"] = setting(
+        "sigmoid",
+        "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order; davidson and "
+        "davidson_luce: the same two with ties, which sigmoid and plackett_luce leave out",
     )
     ranking_weight: Literal["equal", "choices"] = setting(
         "equal",
@@ -62,7 +68,13 @@ class RMSettings(PreferenceTraining):
         "the mistakes in the rankings with it: a judge that learns from other rankings tells more "
         "(rankings.judge_fraction). null: only if people ranked (data.rankings) and no rankings were kept for a judge",
     )
+    start_from: str | None = setting(
+        None,
+        "folder of a reward model that training starts from, head and all, such as the last round's; null: SFT with a "
+        "new head",
+    )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
+    peft: StagePeft = peft_setting()
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -80,17 +92,24 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = over_context(experiment, "rm"), experiment.rm
+    lines, settings = over_context(experiment, "rm") + stage_problems(experiment, "rm"), experiment.rm
+    lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
-    return lines
+    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.strategy == "fsdp2")
+
+
+def folders(experiment: "Experiment") -> dict[str, Path]:
+    """Return the user's folder that decides what is trained: where it starts."""
+    start = experiment.rm.start_from
+    return {} if start is None else {"rm.start_from": Path(start).expanduser()}
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each length over the model's context."""
-    return over_folder_context(experiment, "rm")
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    return missing_package(experiment, "rm") + over_folder_context(experiment, "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:
@@ -112,6 +131,7 @@ STAGE = Stage(
     check=check,
     missing_requirements=missing_requirements,
     check_data=check_data,
+    folders=folders,
     fixed=(("rm.per_device_train_batch_size", "rm.gradient_accumulation_steps"), "rm.max_length", "rm.on_too_long"),
     shared=True,
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_validator
 
 from pipeline.config.section import Section, setting
+from stages.settings.peft import peft_of
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -102,7 +103,7 @@ def correction_problems(settings: RolloutSettings) -> list[str]:
 
 def hand_over_problems(experiment: "Experiment") -> list[str]:
     """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
-    launch, peft, lines = experiment.launch.vllm, experiment.model.peft, []
+    launch, peft, lines = experiment.launch.vllm, peft_of(experiment, "ppo"), []
     if not uses_vllm(experiment, "ppo"):
         return []
     if launch.hand_over == "memory" and (launch.devices is not None or launch.tensor_parallel_size > 1):

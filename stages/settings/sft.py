@@ -1,15 +1,14 @@
 """Declare the stage sft: its settings, metrics, inputs and checks."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.turns import Turns
 from pipeline.config.section import Section, setting
 from pipeline.stage import Stage, StageRun
-from stages.models.packages import MISSING
 from stages.settings.checks import check_data, over_context, over_folder_context, uneven_batches
+from stages.settings.peft import StagePeft, missing_package, peft_of, peft_setting, stage_problems
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, scorer_files, scorer_problems, scorer_stages
 from stages.settings.training import ACCUMULATION, TOO_LONG_ROW, TooLong, Training
 
@@ -117,6 +116,7 @@ class SFTSettings(Training):
         None, "{scorer: …}: conditional training on scores, with model.control_tokens; null: plain fine-tuning"
     )
     sample_tokens: int = setting(48, "length of the samples kept in samples.jsonl; 0: none", "tokens", ge=0)
+    peft: StagePeft = peft_setting()
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -140,7 +140,7 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines = over_context(experiment, "sft") + uneven_batches(experiment, "sft")
+    lines = over_context(experiment, "sft") + uneven_batches(experiment, "sft") + stage_problems(experiment, "sft")
     return lines + token_problems(experiment.model.control_tokens) + conditional_problems(experiment)
 
 
@@ -204,7 +204,7 @@ def sample_problems(experiment: "Experiment", settings: ConditionalSettings) -> 
         )
     if experiment.launch.strategy == "fsdp2":
         lines.append(f"{key}.samples_per_prompt: the policy does not sample under launch.strategy fsdp2; use ddp")
-    peft = experiment.model.peft
+    peft = peft_of(experiment, "sft")
     if peft is not None and peft.method == "adalora" and (settings.rounds or 1) > 1:
         lines.append(f"{key}.rounds: adalora prunes to its rank in one training; set 1 round, or use lora")
     return lines
@@ -217,17 +217,11 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return a line for each thing that this machine lacks.
-
-    sft is the first stage that needs the package of QLoRA.
-    """
-    lines = []
-    peft = experiment.model.peft
-    if peft is not None and peft.method == "qlora" and find_spec("bitsandbytes") is None:
-        lines.append(MISSING)
+    """Return a line for each thing that this machine lacks, and each length over the context."""
+    lines = missing_package(experiment, "sft") + over_folder_context(experiment, "sft")
     if experiment.sft.conditional is not None:
         lines += missing_of_scorers("sft.conditional.scorer", experiment.sft.conditional.scorer)
-    return lines + over_folder_context(experiment, "sft")
+    return lines
 
 
 def run(ctx: "StageRun[SFTSettings, Experiment]") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.stage import StageRun
+from stages.settings.peft import model_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Provenance:
     section: BaseModel
     """The stage's settings."""
     model: Any
-    """The section `model`."""
+    """The section `model`, with the adapter settings of the stage."""
     seed: int
     """The experiment's seed."""
     inputs: dict[str, Path]
@@ -41,7 +42,7 @@ def provenance_of(ctx: StageRun) -> Provenance:
         experiment=ctx.experiment.name,
         stage=ctx.stage,
         section=ctx.config,
-        model=ctx.experiment.model,
+        model=model_of(ctx.experiment, ctx.stage),
         seed=ctx.seed,
         inputs=ctx.inputs,
         manifests=ctx.manifests,

@@ -222,6 +222,11 @@ def adapter_settings(model_section: Any) -> AdapterSettings:
         target_modules=peft.target_modules,
         init_r=peft.init_r,
         bits=(peft.bits or 4) if peft.method == "qlora" else None,
+        exclude_modules=peft.exclude_modules,
+        layers_to_transform=peft.layers_to_transform,
+        modules_to_save=tuple(peft.modules_to_save or ()),
+        use_rslora=bool(peft.use_rslora),
+        start=peft.init_lora_weights,
         soft_prompt=soft_prompt_settings(peft),
     )
 

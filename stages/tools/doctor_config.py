@@ -17,6 +17,7 @@ def check_config(experiment: Any) -> Iterator[Line]:
         experiment: The validated experiment; None if none was named.
     """
     from pipeline.config.sections import is_hub_id
+    from stages.settings.peft import TRAINING, missing_package
 
     if experiment is None:
         yield Line(NOTE, "experiment", "none was named", "`rlhf doctor -c configs/tiny.yaml` checks one")
@@ -27,8 +28,7 @@ def check_config(experiment: Any) -> Iterator[Line]:
     if experiment.model.attn_implementation == "flash_attention_2" and util.find_spec("flash_attn") is None:
         remedy = f"model.attn_implementation: sdpa, or {pip()} install flash-attn --no-build-isolation"
         yield Line(BAD, "attention", "flash_attention_2 needs the package flash-attn", remedy)
-    peft = experiment.model.peft
-    if peft is not None and peft.method == "qlora" and util.find_spec("bitsandbytes") is None:
+    if any(missing_package(experiment, stage) for stage in TRAINING):
         remedy = f"model.peft.method: lora, or {pip()} install -e '.[qlora]'"
         yield Line(BAD, "qlora", "needs the package bitsandbytes", remedy)
     hub_ids = [model] if model is not None and is_hub_id(model) else []

@@ -8,6 +8,7 @@ CPU the libraries themselves (about half a GB).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
 from stages.rollouts.frozen import CHECKED_AT_A_TIME
+from stages.settings.peft import model_of
 from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.scorers.model import ModelScorer
@@ -64,9 +66,9 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
-    adapter = adapter_settings(m)
 
-    def take(steps: list[Step], adapter: AdapterSettings = adapter) -> Sizes:
+    def take(steps: list[Step], stage: str) -> Sizes:
+        adapter = AdapterSettings() if stage == "base" else adapter_settings(model_of(experiment, stage))
         return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
 
     is_small = config.get_text_config().vocab_size <= SMALL_VOCABULARY
@@ -75,7 +77,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         c = getattr(experiment, stage)
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
-        sizes = take([step], AdapterSettings() if stage == "base" else adapter)
+        sizes = take([step], stage)
         trains = sizes.trains["policy"]
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
@@ -90,10 +92,10 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         yield of_rankings(experiment, config, passes, dtype)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
-            yield of_ppo(experiment, config, take, dtype, device)
+            yield of_ppo(experiment, config, partial(take, stage="ppo"), dtype, device)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
-        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))])
+        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))], stage)
         others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)

@@ -51,7 +51,7 @@ FULL = {
     "config": "configs/tiny.yaml",
     "samples": 1280,
     "evaluation_prompts": 240,
-    "common": ["rankings.labelers_per_prompt=1", "rankings.judge_fraction=0", "rm.max_steps=300", "rm.warmup_steps=20"],
+    "common": ["rankings.num_prompts=1200", "rankings.judge_fraction=0", "rm.max_steps=300"],
     "demonstrations": ["sft.num_train_epochs=3"],
     "conditional": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
     "hindsight": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],

@@ -10,14 +10,7 @@ import torch
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import PeftSettings
 from pipeline.errors import UserError
-from stages.models.adapters import (
-    AdapterSettings,
-    is_adapted,
-    save_merged,
-    trainable_parameters,
-    unwrapped,
-    with_adapter,
-)
+from stages.models.adapters import is_adapted, save_merged, trainable_parameters, unwrapped, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
 from stages.models.loading import load_policy, load_scalar_model, new_reward_model
 from stages.models.publish import save_model
@@ -55,7 +48,11 @@ def context(tmp_path, causal, scalar, tokenizer):
             confirm_folders=lambda: None,
             stage="ppo",
             experiment=SimpleNamespace(
-                model=model, launch=SimpleNamespace(device="cpu"), sft=SimpleNamespace(ppo_init=None), ppo=config
+                model=model,
+                launch=SimpleNamespace(device="cpu"),
+                sft=SimpleNamespace(ppo_init=None),
+                rm=SimpleNamespace(peft=None),
+                ppo=config,
             ),
             seed=0,
             config=config,
@@ -111,11 +108,9 @@ def adapted(request, context, tmp_path, tokenizer):
     """Return adapted(), like `context`, with a reward model trained as an adapter on SFT's
     trunk.
     """
-    settings = {k: v for k, v in vars(request.param).items() if k != "lora_dropout"}
+    settings = adapter_settings(SimpleNamespace(peft=request.param))
     shutil.rmtree(tmp_path / "rm")
-    model = with_adapter(
-        new_reward_model(tmp_path / "sft" / "model", seed=3), AdapterSettings(**settings), scalar=True, seed=3
-    )
+    model = with_adapter(new_reward_model(tmp_path / "sft" / "model", seed=3), settings, scalar=True, seed=3)
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trainable_parameters(model).values():

@@ -32,6 +32,10 @@ CHANGES = {
     "qlora, bits: 8": ANY_LINEAR,
     "prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init_text: What is the fox": EMBEDDING,
     "p_tuning, num_virtual_tokens: 4, encoder_reparameterization_type: lstm": EMBEDDING,
+    "lora, use_rslora: true, target_modules: '.*[qv]_proj'": r"[qv]_proj\.weight$",
+    "lora, init_lora_weights: pissa": ANY_LINEAR,
+    "lora, init_lora_weights: olora, exclude_modules: [k_proj]": r"(?<!k)_proj\.weight$",
+    "lora, modules_to_save: [norm, embed_tokens]": r"_proj\.weight$|model\.norm\.weight$|embed_tokens\.weight$",
 }
 RANK = 4
 
@@ -53,15 +57,15 @@ def biased(oracle, tmp_path_factory):
     return folder
 
 
-def assert_apart(base, folder):
+def assert_apart(base, folder, load=load_policy):
     """Check that a published folder's adapter on `base` equals the published model."""
     from peft import PeftModel
 
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        expected = load_policy(folder)(ids).logits
-        before = load_policy(base)(ids).logits
-        found = PeftModel.from_pretrained(load_policy(base), folder / "adapter")(ids).logits
+        expected = load(folder)(ids).logits
+        before = load(base)(ids).logits
+        found = PeftModel.from_pretrained(load(base), folder / "adapter")(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(before, expected, atol=1e-4), "nothing was trained"
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -131,9 +135,10 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
             ids = json.loads((chain / "micro" / stage / "model" / "config.json").read_text())["soft_prompt_ids"]
             rows = [(before[n] != after[n]).any(-1).nonzero().flatten().tolist() for n in changed if "embed" in n]
             assert len(ids) == 4 and rows == [ids]
-        if method == "lora" or bits_of(method):
+        if method.startswith("lora") or bits_of(method):
             linear = [n for n in changed if re.search(ANY_LINEAR, n)]
-            found = [learned(before[n], after[n], bits_of(method)) for n in linear]
+            rank = 2 * RANK if "init_" in method else RANK
+            found = [learned(before[n], after[n], rank, bits_of(method)) for n in linear]
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
@@ -145,15 +150,78 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert published(root / "micro" / stage) == published(chain / "micro" / stage)
 
 
-def learned(before, after, bits):
+@pytest.mark.slow
+def test_each_stage_with_an_adapter_of_its_own(tmp_path):
+    """rm trains all weights, so the value model's new adapter is on them; ppo and dpo resume."""
+    from transformers import AutoModelForSequenceClassification
+
+    chain = tmp_path / "whole"
+    options = ["model.peft={method: lora, r: 4, modules_to_save: [norm]}", "rm.peft=full", "sft.peft.use_rslora=true"]
+    options += ["ppo.peft={r: 6, init_lora_weights: pissa}", "dpo.peft.method=dora", "ppo.keep=last"]
+    run = ("-c", str(CONFIG), *options, "--artifacts")
+    assert rlhf("run", "ppo", *run, str(chain)) == rlhf("run", "dpo", *run, str(chain)) == 0
+    assert not (chain / "micro" / "rm" / "model" / "adapter").exists()
+    rank = {"sft": 4, "ppo": 12, "dpo": 4}  # PiSSA is published as LoRA of twice the rank
+    for stage, expected in rank.items():
+        config = json.loads((chain / "micro" / stage / "model" / "adapter" / "adapter_config.json").read_text())
+        dora = stage == "dpo"
+        assert (config["r"], config["use_dora"], config["use_rslora"]) == (expected, dora, stage == "sft")
+    assert_apart(chain / "micro" / "sft" / "ppo_init", chain / "micro" / "ppo" / "model")
+    kind = AutoModelForSequenceClassification
+    assert_apart(chain / "micro" / "rm" / "model", chain / "micro" / "ppo" / "value_model", kind.from_pretrained)
+    rows = [json.loads(line) for line in (chain / "micro" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["objective/kl"] == 0  # the reference is the untouched base
+    for stage in ("ppo", "dpo"):
+        root = copy_without(chain, tmp_path / stage, stage)
+        again = ("run", stage, *run, str(root), "--only")
+        assert rlhf(*again, die=(stage, 5)) == -9
+        assert rlhf(*again) == 0
+        assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+        assert published(root / "micro" / stage) == published(chain / "micro" / stage)
+
+
+def test_an_adapter_from_elsewhere_is_in_the_base(oracle, tmp_path):
+    """base merges it; other weights in the folder make it stale; sft's adapter is on the result."""
+    given, source = tmp_path / "given", oracle / "micro" / "base" / "model"
+    save_given(given, source, seed=1)
+    options = (f"model.name_or_path={source}", f"model.adapter={given}", "model.peft={r: 4}", "sft.learning_rate=1e-2")
+    run = ("-c", str(CONFIG), *options, "--artifacts", str(tmp_path / "a"))
+    assert rlhf("run", "sft", *run) == 0
+    base = tmp_path / "a" / "micro" / "base" / "model"
+    from peft import PeftModel
+
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load_policy(source), given)(ids).logits
+        torch.testing.assert_close(load_policy(base)(ids).logits, expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(load_policy(source)(ids).logits, expected, atol=1e-3)
+    assert_apart(base, tmp_path / "a" / "micro" / "sft" / "model")
+    save_given(given, source, seed=2)
+    assert rlhf("run", "sft", *run, "--only") == 2  # base is stale
+
+
+def save_given(folder, source, seed):
+    """Save an adapter with random weights on a model, as peft does."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_policy(source), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
+def learned(before, after, rank, bits):
     """Measure what a stage added to a weight.
 
     Returns:
-        Its largest singular value, and the first one beyond the adapter's rank.
+        Its largest singular value, and the first one beyond the rank.
     """
     if bits is not None:
         layer = torch.nn.Linear(before.shape[1], before.shape[0], bias=False)
         layer.weight.data = before
         before = Quantized(layer, bits).dequantized()
     values = torch.linalg.svdvals(after.double() - before.double())
-    return values[0], values[RANK]
+    return values[0], values[rank]

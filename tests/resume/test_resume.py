@@ -303,3 +303,26 @@ def test_prompts_of_the_world_with_other_demonstrations(oracle, tmp_path):
     assert results["policies"]["sft"]["gold_held_out_tasks"] is None
     trust = json.loads((root / "micro/rm/manifest.json").read_text())["metrics"]
     assert trust["n_pairs"] > trust["n_clusters"] > 1
+
+
+@pytest.mark.parametrize(
+    "stage, step, loss", [("rm", 5, "davidson_luce"), ("rm", 11, "davidson"), ("dpo", 5, "[davidson, sft]")]
+)
+def test_learned_tie_strengths_are_resumed(stage, step, loss, oracle, tmp_path):
+    """They are in the checkpoint with their optimizer, and not in the published weights."""
+    own = ["rm.label_smoothing=0"] if stage == "rm" else []
+    options = [f"{stage}.loss_type={loss}", f"{stage}.keep=best", f"{stage}.weight_decay=0.1", *own]
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("whole", "killed")]
+    for root in roots:
+        run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
+        if root is roots[1]:
+            assert rlhf(*run, die=(stage, step)) == -9
+        assert rlhf(*run) == 0
+    assert published(roots[0] / "micro" / stage) == published(roots[1] / "micro" / stage)
+    folder = roots[1] / "micro" / stage
+    assert all("ties" not in name for name in load_file(folder / "model" / "model.safetensors"))
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
+    strengths = [row["tie_strength"] for row in evaluations]
+    assert len(set(strengths)) > 2, "nothing was learned"
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    assert metrics["tie_strength"] == pytest.approx(metrics["tie_strengths"][0])

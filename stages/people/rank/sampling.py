@@ -96,15 +96,30 @@ def samplings_of(experiment: "Experiment", store: ArtifactStore) -> list[Samplin
     section, found = experiment.rank, []
     count, policies = section.samples_per_prompt, section.policies
     for number, policy in enumerate(policies):
-        manifest = store.manifest(policy)
+        home, stage = home_of(store, policy)
+        manifest = home.manifest(stage)
         if manifest is None:
-            remedy = f"`rlhf run {policy} -c CONFIG` makes it, or name other stages"
-            raise UserError(f"rank.policies: {policy} is not finished; {remedy}")
-        store.verify(policy)
+            config = "CONFIG" if home is store else f"the config of {home.base.name}"
+            remedy = f"`rlhf run {stage} -c CONFIG` makes it".replace("CONFIG", config)
+            raise UserError(f"rank.policies: {policy} is not finished; {remedy}, or name other stages")
+        home.verify(stage)
         own: dict[str, Any] = {key: sampled_as(experiment, key) for key in AS_RANKINGS if key != "batch_size"}
         share = count // len(policies) + (number < count % len(policies))
         found.append(Sampling(policy, manifest["digest"], share, experiment.seed, **own))
     return found
+
+
+def home_of(store: ArtifactStore, policy: str) -> tuple[ArtifactStore, str]:
+    """Return the artifacts that hold a policy, and its stage.
+
+    Args:
+        store: The artifacts of this experiment.
+        policy: As `rank.policies` names it: a stage, or EXPERIMENT/STAGE.
+    """
+    experiment, slash, stage = policy.rpartition("/")
+    if not slash or experiment == store.base.name:
+        return store, stage
+    return ArtifactStore(store.root, experiment, is_foreign=True), stage
 
 
 def prompts_source(experiment: "Experiment", store: ArtifactStore) -> Source:
@@ -115,6 +130,8 @@ def prompts_source(experiment: "Experiment", store: ArtifactStore) -> Source:
     """
     from pipeline.fingerprints import source_of
 
+    if experiment.rank.prompts_from is not None:
+        return Source(path=Path(experiment.rank.prompts_from).expanduser())
     value = experiment.data.prompts
     assert value is not None, "checked before"
     source = source_of(value)
@@ -127,16 +144,28 @@ def prompts_source(experiment: "Experiment", store: ArtifactStore) -> Source:
 
 
 def asked_prompts(experiment: "Experiment", store: ArtifactStore, samplings: Sequence[Sampling]) -> list[Asked]:
-    """Return the prompts that get a task, in a random order that more prompts continue."""
+    """Return the prompts that get a task, in an order that more prompts continue."""
     records, places = sources.load_placed("prompts", reader_source(prompts_source(experiment, store)))
     count = min(len(records), experiment.rank.prompts or len(records))
     made_of = [sampling.digest_of_all() for sampling in samplings]
     found = []
-    for i in Stream(len(records), derive_seed(experiment.seed, "rank", "prompts")).take(count):
+    for i in order_of(experiment, len(records))[:count]:
         record = records[i]
         request = digest_of([as_messages(record.prompt), made_of])
         found.append(Asked(record.prompt, places[i], record.kind, record.user_id, request))
     return found
+
+
+def order_of(experiment: "Experiment", count: int) -> list[int]:
+    """Return the order in which prompts get a task: that of rank.prompts_from, or a random one.
+
+    Args:
+        experiment: The validated experiment.
+        count: The number of prompts.
+    """
+    if experiment.rank.prompts_from is not None:
+        return list(range(count))
+    return Stream(count, derive_seed(experiment.seed, "rank", "prompts")).take(count)
 
 
 def known_requests(database: Database) -> set[str]:
@@ -180,13 +209,13 @@ def sample_tasks(
     environment.prepare(experiment.model_copy(update={"launch": one_node}))
     folder = database.path.parent / "sampling"
     folder.mkdir(exist_ok=True)
-    files = [folder / f"{sampling.policy}-{sampling.digest_of_all()}.jsonl" for sampling in samplings]
+    files = [folder / f"{one.policy.replace('/', '-')}-{one.digest_of_all()}.jsonl" for one in samplings]
     answers: dict[str, list[Given]] = {}
     for sampling, file in zip(samplings, files, strict=True):
         sample_policy(experiment, store, sampling, file, missing, stop, say, trust_remote_code)
         for request, given in read_answers(file, sampling).items():
             answers.setdefault(request, []).extend(given)
-    added, alike, dropped = add_tasks(database, missing, answers, samplings)
+    added, alike, dropped = add_tasks(database, missing, answers, samplings, round_of(experiment))
     for file in files:
         file.unlink()
     line = f"rank: {added:,} tasks are new"
@@ -195,8 +224,17 @@ def sample_tasks(
     say(line)
 
 
+def round_of(experiment: "Experiment") -> int:
+    """Return the number of the experiment's round."""
+    return 1 if experiment.round is None else experiment.round.number
+
+
 def add_tasks(
-    database: Database, asked: Sequence[Asked], answers: dict[str, list[Given]], samplings: Sequence[Sampling]
+    database: Database,
+    asked: Sequence[Asked],
+    answers: dict[str, list[Given]],
+    samplings: Sequence[Sampling],
+    round_number: int = 1,
 ) -> tuple[int, int, int]:
     """Add tasks in one transaction; return how many were added, alike, and left out."""
     counts = {"added": 0, "same": 0, "alike": 0, "dropped": 0}
@@ -211,7 +249,8 @@ def add_tasks(
                 continue
             prompt = one.prompt if isinstance(one.prompt, str) else list(one.prompt)
             source = {"request": one.request, "policies": policies}
-            outcome = add_task(connection, NewTask(prompt, tuple(given), one.kind, one.user_id, source=source), now)
+            task = NewTask(prompt, tuple(given), one.kind, one.user_id, source=source, round=round_number)
+            outcome = add_task(connection, task, now)
             counts[outcome] += 1
             if outcome != "added":
                 remember(connection, one, outcome)
@@ -293,7 +332,8 @@ def answer_batches(
     from stages.shared.runtime import Runtime, device_of, dtype_of, place_frozen, with_accelerator
     from stages.training.batching import micro_batches
 
-    folder = store.folder(sampling.policy) / "model"
+    home, stage = home_of(store, sampling.policy)
+    folder = home.folder(stage) / "model"
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if lines := too_long_for(context_of(config), experiment.rank.model_copy(update=lengths_of(sampling)), "rank"):
         raise UserError(lines)

@@ -26,7 +26,8 @@ def experiment(**changes):
             documents="world", demonstrations="world", prompts="world", evaluation_prompts="world", rankings=None
         ),
         rankings=SimpleNamespace(rollout=None),
-        ppo=SimpleNamespace(rollout=SimpleNamespace(engine="transformers")),
+        ppo=SimpleNamespace(rollout=SimpleNamespace(engine="transformers"), peft=None),
+        **{stage: SimpleNamespace(peft=None) for stage in ("sft", "rm", "dpo")},
         evaluate=SimpleNamespace(rollout=None),
     )
     for key, value in changes.items():

@@ -1,0 +1,69 @@
+"""Test the comparison of tuning methods: its list, its choice of rates, a tiny run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import tuning_methods as bench  # noqa: E402
+
+from stages.settings.peft import PeftChanges  # noqa: E402
+
+
+def test_every_method_is_a_setting_and_every_setting_is_a_method():
+    """A method that PeftSettings learns has to be in the table."""
+    import yaml
+
+    listed = {yaml.safe_load(peft)["method"] for _, peft in bench.METHODS.values() if peft != "full"}
+    known = {name for part in PeftChanges.model_fields["method"].annotation.__args__ for name in names_of(part)}
+    assert known <= listed
+
+
+def names_of(annotation):
+    """Return the values of a Literal; none of other types."""
+    return getattr(annotation, "__args__", ())
+
+
+def test_rates_are_of_the_family_and_the_lowest_loss_wins():
+    assert bench.rates_of("sft", "rslora") == [1e-4, 3e-4, 1e-3] and bench.rates_of("dpo", "full") == [1e-6, 3e-6, 1e-5]
+    lines = [{"rate": rate, "held_out": {"loss": loss}} for rate, loss in ((1, 2.0), (2, 1.5), (3, float("nan")))]
+    assert bench.best(lines) == 2
+    assert bench.best(lines[2:] + lines[:1]) == 1
+
+
+def test_the_table_shows_refusals_and_means_over_seeds(tmp_path):
+    args = bench.parse(["--methods", "lora", "bitfit", "--steps", "4", "--results", str(tmp_path)])
+    common = {"stage": "sft", "steps": 4, "kind": "report"}
+    rows = [
+        {**common, "method": "lora", "seed": seed, "rate": 1e-3, "trained": 1200, "peak_gb": 1.5, "seconds_a_step": 2.0,
+         "held_out": {"loss": loss}, "key": [args.name, *bench.Trial("lora", "sft", seed, 4, 1e-3, "report").key()]}
+        for seed, loss in ((1, 2.0), (2, 3.0))
+    ]  # fmt: skip
+    rows += [{**common, "method": "bitfit", "seed": 0, "refused": "model.peft.method: none",
+              "key": [args.name, *bench.Trial("bitfit", "sft", 0, 4, 1e-3, "choice").key()]}]  # fmt: skip
+    text = bench.table(args, rows, "sft")
+    assert "| 1,200 " in text and "| 0.001 * " in text and "2.5000 (" in text and "refused: model.peft" in text
+
+
+@pytest.mark.slow
+def test_a_tiny_run_is_kept_and_not_repeated(tmp_path):
+    """Two methods, one of them refused, at a given rate; the second command only prints."""
+    config = ROOT / "tests" / "resume" / "micro.yaml"
+    words = ["-c", str(config), "--artifacts", str(tmp_path / "a"), "--results", str(tmp_path)]
+    words += ["--methods", "lora", "bitfit", "--stages", "sft", "--seeds", "1", "--steps", "2", "--rate", "1e-3"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, bench.__file__, *words, "sft.ppo_init=null"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(row) for row in (tmp_path / bench.RESULTS).read_text().splitlines()]
+    assert {row["method"]: "refused" in row for row in rows} == {"lora": False, "bitfit": True}
+    (lora,) = [row for row in rows if row["method"] == "lora"]
+    assert lora["trained"] > 0 and lora["held_out"]["loss"] > 0 and lora["peak_gb"] > 0
+    assert "{" not in done.stdout and f"| {lora['trained']:,}" in done.stdout
+    assert not list((tmp_path / "a").glob("*report*"))
