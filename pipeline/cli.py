@@ -222,7 +222,7 @@ def add_command(commands: Any, name: str, text: str, config: str = "required", *
 def add_run(commands: Any) -> None:
     """Add `rlhf run`, whose help is `commands.RUN_HELP`."""
     run = add_command(commands, "run", "bring a stage up to date, and first what it needs", "optional", add_help=False)
-    run.add_argument("stage", nargs="?", choices=(*api.STAGES, *api.TESTS))
+    run.add_argument("stage", nargs="?", choices=(*api.STAGES, *api.OPTIONAL, *api.TESTS))
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")

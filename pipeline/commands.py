@@ -27,6 +27,7 @@ usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
 Brings a stage up to date, and first what it needs. What is already up to date is left alone.
 
 stages, in order:  {" ".join(api.STAGES)}
+with rm.base:      {" ".join(api.OPTIONAL)}, before rm
 beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
 `rlhf run STAGE --help` lists every setting of a stage.
 
@@ -237,7 +238,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
-        if name in api.TESTS and state.kind == "missing":
+        is_asked_for = name not in api.TESTS and stages[name].used(experiment)
+        if not is_asked_for and state.kind == "missing":
             continue  # it runs only where somebody asks for it
         when = size = result = ""
         if state.manifest is not None:

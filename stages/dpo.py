@@ -136,7 +136,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
     adapter = adapter_settings(provenance.model)
-    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed), runtime, config.max_length)
+    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed, exact=True), runtime, config.max_length)
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(
         GroupBatches,

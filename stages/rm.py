@@ -47,6 +47,7 @@ from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
+from stages.settings.reward_base import trunk_stage
 from stages.settings.rm import RMSettings
 from stages.settings.training import TIE_LOSSES, total_steps
 from stages.shared.cards import SCORE, ModelCard
@@ -127,7 +128,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
     """
-    config, source = ctx.config, ctx.inputs["sft"] / "model"
+    config, source = ctx.config, ctx.inputs[trunk_stage(ctx.experiment)] / "model"
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
@@ -145,7 +146,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         note_default_rate(session, config)
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
-        # 1 the policy's trunk, a new scalar head
+        # 1 the policy's trunk, or that of a base of its own; a new scalar head
         seed = member_seed(ctx.seed, k)
         start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
         make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
@@ -189,7 +190,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         if parallel.is_rank_zero():
             shortest = min(held.groups, key=lambda g: len(g.prompt))
             check_published_score(model, shortest, tokenizer.pad_token_id)
-        publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
+        publish(provenance, source, model, tokenizer, name, members.figures[k] | trusted[k])
         if is_new and k + 1 < len(names) and session.checkpoints.every:
             save_members(session, members, k, plan)
     pair_clusters = [held.clusters[held.groups[g].id] for g, _ in found.owners]
@@ -501,17 +502,18 @@ def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> 
         )
 
 
-def publish(provenance: Provenance, model: nn.Module, tokenizer: Any, name: str, figures: dict) -> None:
+def publish(provenance: Provenance, source: Path, model: nn.Module, tokenizer: Any, name: str, figures: dict) -> None:
     """Write a reward model to its folder.
 
     Args:
         provenance: What the model was made of.
+        source: The folder of the model that it started as.
         model: The model, whole.
         tokenizer: Its tokenizer.
         name: Name of the folder.
         figures: What was measured.
     """
-    source, folder = provenance.inputs["sft"] / "model", provenance.publish / name
+    folder = provenance.publish / name
     card = ModelCard(
         "a reward model",
         SCORE,

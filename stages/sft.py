@@ -24,6 +24,7 @@ from stages.models.control_tokens import control_ids_of
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.soft_prompts import soft_prompt_of
 from stages.rollouts.engine import EngineSpec
+from stages.settings.checks import prefix_tokens
 from stages.settings.experiment import Experiment
 from stages.settings.sft import ConditionalSettings, SFTSettings
 from stages.settings.training import total_steps
@@ -68,7 +69,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         return run_conditional(ctx, ctx.config.conditional)
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
-    check_context(session, config, source)
+    check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction = ctx.experiment.data.validation_fraction
     given = Given(
@@ -163,7 +164,7 @@ def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSett
     """
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
-    check_context(session, config, source)
+    check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction, limit = ctx.experiment.data.validation_fraction, LengthLimit(config.max_length, config.on_too_long, "sft")
     if provenance.model.peft is not None:
@@ -197,7 +198,8 @@ def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSett
             if answers is None:
                 sampler = Sampler(sampling_spec(ctx, runtime, tokenizer, how), tokenizer, how, ctx.seed)
                 poll = partial(session.leave_if_requested, done, sum(steps))
-                answers = sampler.answers(place_model(start, runtime, config.max_length), own, number, poll)
+                policy = place_model(start, runtime, config.max_length).eval()
+                answers = sampler.answers(policy, own, number, poll)
             scored = score_answers(how, own, answers, tokenizer, runtime, session)
             ctx.confirm_folders()  # those of reward models have been loaded
         labelled, report = label_rows(own, scored, control_ids_of(source), how.thresholds, fraction, limit, tokenizer)
@@ -265,7 +267,16 @@ def sampling_spec(
 
 def optimization_of(config: SFTSettings) -> Optimization:
     """Return the settings of the optimizer."""
-    return Optimization(config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef)
+    return Optimization(
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+        dropout=config.dropout,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        label_smoothing=config.label_smoothing,
+        packing=bool(config.packing),
+    )
 
 
 def pretraining_rows(

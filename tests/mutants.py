@@ -389,8 +389,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's first model is published for all",
-        'provenance.inputs["sft"] / "model", provenance.publish / name',
-        'provenance.inputs["sft"] / "model", provenance.publish / "model"',
+        "folder = provenance.publish / name",
+        'folder = provenance.publish / "model"',
     ),
     Mutant("rm", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     Mutant(

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
+from stages.settings.reward_base import RewardBaseSettings, has_own_base, own_names, trunk_stages, with_own_base
 from stages.settings.rounds import start_problems
 from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
 
@@ -27,6 +30,13 @@ METRICS = {
 
 class RMSettings(PreferenceTraining):
     """Choose how the reward model learns from rankings of K responses."""
+
+    base: RewardBaseSettings | None = setting(
+        None,
+        "base model of the reward model, where it is another than the policy's (the paper: 6B beside 175B): a folder, "
+        "a Hub id, package:NAME, or a mapping. Its tokenizer may differ: then all that scores reads texts, and PPO's "
+        "value model starts as the policy with a new head. null: the reward model starts from sft's model",
+    )
 
     learning_rate: float = setting(
         1e-5, "peak learning rate (the paper: 9e-6); with adapters about ten times as much", "per step", gt=0
@@ -76,13 +86,21 @@ class RMSettings(PreferenceTraining):
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
     peft: StagePeft = peft_setting()
 
+    @field_validator("base", mode="before")
+    @classmethod
+    def _a_name_alone(cls, given: Any) -> Any:
+        return {"name_or_path": given} if isinstance(given, str) else given
+
 
 def needs(experiment: "Experiment") -> list[str]:
     """Return the stages that must be done first.
 
     The world knows the tasks of the prompts that its labelers ranked.
     """
-    return ["world", "sft", "rankings"] if simulates_labelers(experiment) else ["sft", "rankings"]
+    stages = ["sft", "rankings", *trunk_stages(experiment)]
+    if has_own_base(experiment):
+        stages.remove("sft")  # only its prompts' samples count, and rankings has those
+    return ["world", *stages] if simulates_labelers(experiment) else stages
 
 
 def reads(experiment: "Experiment") -> list[str]:
@@ -92,7 +110,8 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = over_context(experiment, "rm") + stage_problems(experiment, "rm"), experiment.rm
+    lines = [own_names(line) for line in over_context(with_own_base(experiment), "rm")]
+    lines, settings = lines + stage_problems(experiment, "rm"), experiment.rm
     lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
@@ -109,7 +128,7 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks, and each length over the context."""
-    return missing_package(experiment, "rm") + over_folder_context(experiment, "rm")
+    return missing_package(experiment, "rm") + over_folder_context(with_own_base(experiment), "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:

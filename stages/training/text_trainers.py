@@ -24,12 +24,13 @@ from stages.training.text_hooks import weights_of
 TRAINED = "trained.safetensors"
 
 
-def with_plain_loss(trainer_class: type) -> type:
+def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
     """Compute the cross-entropy from whole logits; the result is the same as trl's.
 
     trl computes the head in tiles, and twice: that saves the memory of T × V logits, and costs a
     fifth of a step where the vocabulary V is small. Its tiles also read the head's weight directly,
-    past an adapter on the head, and with the tokens of a soft prompt.
+    past an adapter on the head, and with the tokens of a soft prompt. trl smooths labels with two
+    forward passes, here it takes one.
     """
 
     class PlainLossTrainer(trainer_class):
@@ -44,7 +45,7 @@ def with_plain_loss(trainer_class: type) -> type:
             out = model(**arguments, use_cache=False)
             counted = num_items_in_batch or (labels != -100).sum().clamp(min=1)
             logits = without_soft_prompt(self.model, out.logits)
-            loss = language_model_loss(logits[:, :-1], labels, counted)
+            loss = language_model_loss(logits[:, :-1], labels, counted, label_smoothing)
             if num_items_in_batch is not None:
                 # it counts the labels of all processes, and their gradients are averaged afterwards
                 loss = loss * self.accelerator.num_processes

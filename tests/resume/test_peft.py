@@ -38,6 +38,11 @@ CHANGES = {
     "lora, modules_to_save: [norm, embed_tokens]": r"_proj\.weight$|model\.norm\.weight$|embed_tokens\.weight$",
 }
 RANK = 4
+IN_PLACE = {
+    "houlsby, bottleneck_size: 4": r"\.(self_attn|mlp)\.bottleneck\.(down|up)\.(weight|bias)$",
+    "parallel_adapter, bottleneck_size: 4": r"\.mlp\.bottleneck\.(down|up)\.(weight|bias)$",
+    "prefix_tuning, num_virtual_tokens: 6": r"^(prompt_embeddings|base_model\.score\.weight)$",
+}  # methods whose adapters cannot be merged, and the tensors of their files
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +147,47 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
-        root = copy_without(chain, tmp_path / stage, stage)
-        again = ("run", stage, *run, str(root), "--only")
-        assert rlhf(*again, die=(stage, 5)) == -9
-        assert rlhf(*again) == 0
-        assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
-        assert published(root / "micro" / stage) == published(chain / "micro" / stage)
+        assert_resumes(chain, stage, run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", IN_PLACE)
+def test_a_method_whose_adapter_stays_in_the_model_in_every_stage(method, tmp_path):
+    """The base model in base/ stays that of `base`; each stage trains its source's adapter on."""
+    chain = tmp_path / "whole"
+    options = [f"model.peft={{method: {method}}}", "sft.keep=last", "rm.keep=last", "ppo.keep=last", "dpo.keep=last"]
+    run = ("-c", str(CONFIG), *options, "--artifacts")
+    assert rlhf("run", "evaluate", *run, str(chain)) == 0
+    base = load_file(chain / "micro" / "base" / "model" / "model.safetensors")
+    for stage, source in BEFORE.items():
+        folder = chain / "micro" / stage / "model"
+        weights = load_file(folder / "base" / "model.safetensors")
+        assert all(torch.equal(weights[name], base[name]) for name in weights if name != "score.weight")
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert adapter and all(re.search(IN_PLACE[method], name) for name in adapter)
+        if stage != "sft":
+            before = load_file(chain / "micro" / source / "adapter_model.safetensors")
+            assert {name for name in adapter if name in before and not torch.equal(adapter[name], before[name])}
+        assert_resumes(chain, stage, run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pfeiffer", "prefix_tuning, prefix_projection: true, num_virtual_tokens: 6"])
+def test_sft_of_an_adapter_that_stays_in_the_model_resumes(method, tmp_path):
+    chain = tmp_path / "whole"
+    run = ("-c", str(CONFIG), f"model.peft={{method: {method}}}", "sft.learning_rate=1e-2", "--artifacts")
+    assert rlhf("run", "sft", *run, str(chain)) == 0
+    assert_resumes(chain, "sft", run, tmp_path)
+
+
+def assert_resumes(chain, stage, run, tmp_path):
+    """Check that a stage that is killed ends in the same bytes."""
+    root = copy_without(chain, tmp_path / stage, stage)
+    again = ("run", stage, *run, str(root), "--only")
+    assert rlhf(*again, die=(stage, 5)) == -9
+    assert rlhf(*again) == 0
+    assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+    assert published(root / "micro" / stage) == published(chain / "micro" / stage)
 
 
 @pytest.mark.slow
