@@ -6,15 +6,16 @@ For each seed, one world, SFT policy and reward model serve all ways:
 
 - `ppo`: the stage, with the samples of SAMPLES as episodes;
 - `best_of_n`: SFT's best of n answers to each evaluation prompt, n so that as many are sampled;
-- `demonstrations`: base learns the demonstrations after control tokens (Korbak 2023): no samples;
+- `demonstrations`: SFT learns its demonstrations once more, after control tokens (Korbak 2023): no
+  samples;
 - `conditional`: SFT learns as many samples of its own after control tokens, in one round;
 - `hindsight`: the same number in several rounds, each sampled from the policy of the one before
   and relabelled by what it turned out to be (Zhang 2023; Lu 2022).
 
 All of them are asked for two answers to each evaluation prompt with the same seeds (best of n for
-one), and judged by the world's gold scorer. Settings were chosen on seed 1. Prints one JSON object
-for each seed and way, then a Markdown table with means over seeds, their 95 % intervals (Student's
-t over seeds) and the differences to PPO and best of n, paired by seed. Lines are kept in
+one), and judged by the world's gold scorer. Settings were chosen beforehand, on no seed. Prints one
+JSON object for each seed and way, then a Markdown table with means over seeds, their 95 % intervals
+(Student's t over seeds) and the differences to PPO and best of n, paired by seed. Lines are kept in
 results/conditional.jsonl. Run it again to resume after an interruption, or to print the table of
 existing results. --quick runs everything in seconds with a model of a few thousand parameters.
 """
@@ -49,10 +50,10 @@ LABELS = {"sft": "SFT", "ppo": "PPO", "best_of_n": "best of n"}
 
 FULL = {
     "config": "configs/tiny.yaml",
-    "samples": 1280,
-    "evaluation_prompts": 240,
-    "common": ["rankings.num_prompts=1200", "rankings.judge_fraction=0", "rm.max_steps=300"],
-    "demonstrations": ["sft.num_train_epochs=3"],
+    "samples": 960,
+    "evaluation_prompts": 120,
+    "common": ["rankings.num_prompts=600", "rankings.judge_fraction=0", "rm.max_steps=150"],
+    "demonstrations": ["sft.learning_rate=5e-4", "sft.num_train_epochs=1"],
     "conditional": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
     "hindsight": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
     "per_prompt": 4,
@@ -82,7 +83,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
         store = ArtifactStore(args.artifacts, f"{args.name}-seed{seed}")
         samples, n = args.sizes["samples"], best_of(args.sizes)
         wanted = [f"ppo.total_episodes={samples}", f"evaluate.best_of={n}", "evaluate.samples_per_prompt=2"]
-        wanted += ["evaluate.policies=[sft,ppo,best_of_n]", "evaluate.num_prompts=null"]
+        wanted += ["evaluate.policies=[sft,ppo,best_of_n]", f"evaluate.num_prompts={args.sizes['evaluation_prompts']}"]
         rlhf(args, stop, "evaluate", store.base.name, seed, [*args.sizes["common"], *wanted])
         found = [evaluated(store, way) for way in REFERENCES]
         for way in args.ways:
@@ -132,10 +133,9 @@ def settings_of(sizes: dict[str, Any], store: ArtifactStore, way: str) -> list[s
         store: Artifacts of the seed.
         way: One of WAYS.
     """
-    start = "base" if way == "demonstrations" else "sft"
     options = [
         TOKENS,
-        f"model.name_or_path={store.folder(start) / 'model'}",
+        f"model.name_or_path={store.folder('sft') / 'model'}",
         f"sft.conditional.scorer=[{{model: {store.folder('rm') / 'model'}}}]",
         *sizes[way],
     ]
