@@ -401,6 +401,12 @@ def add_rank(commands: Any) -> None:
     rank.add_argument(
         "--tiers", metavar="A,B", help="with --import of Label Studio: its buckets, the best first (default: our own)"
     )
+    rank.add_argument(
+        "--simulate",
+        metavar="N",
+        type=int,
+        help="let N simulated labelers of the embedded world rank on the page until nothing is left, and end",
+    )
     rank.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 

@@ -351,6 +351,7 @@ def rank_command(arguments: argparse.Namespace) -> int:
 
     asked = {"--tasks-only": arguments.tasks_only, "--snapshot": arguments.snapshot}
     asked |= {"--export": arguments.export is not None, "--import": arguments.imported is not None}
+    asked |= {"--simulate": arguments.simulate is not None}
     if len(names := [name for name, is_asked in asked.items() if is_asked]) > 1:
         raise UserError(f"command line: {' and '.join(names)} are two commands; give them one after the other")
     for flag, value, other in (("to", arguments.to, "export"), ("tiers", arguments.tiers, "imported")):
@@ -368,6 +369,7 @@ def rank_command(arguments: argparse.Namespace) -> int:
         to=arguments.to or "rankings",
         imported=arguments.imported,
         tiers=tuple(name.strip() for name in (arguments.tiers or "").split(",") if name.strip()),
+        simulate=arguments.simulate,
         trust_remote_code=arguments.trust_remote_code,
     )
     store = api.open_store(experiment, Location.of(arguments.artifacts))
