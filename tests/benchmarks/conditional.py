@@ -50,9 +50,9 @@ LABELS = {"sft": "SFT", "ppo": "PPO", "best_of_n": "best of n"}
 
 FULL = {
     "config": "configs/tiny.yaml",
-    "samples": 960,
-    "evaluation_prompts": 120,
-    "common": ["rankings.num_prompts=600", "rankings.judge_fraction=0", "rm.max_steps=150"],
+    "samples": 640,
+    "evaluation_prompts": 80,
+    "common": ["rankings.num_prompts=400", "rankings.judge_fraction=0", "rm.max_steps=100"],
     "demonstrations": ["sft.learning_rate=5e-4", "sft.num_train_epochs=1"],
     "conditional": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
     "hindsight": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
