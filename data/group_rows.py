@@ -17,12 +17,15 @@ import numpy as np
 
 from data.groups import PromptGroup
 from data.records import Ranking, prompt_key
+from data.ties import judged_ties, largest_tie
 
 if TYPE_CHECKING:
     import pyarrow
 
 ROWS_AT_ONCE = 1024
 """Rows of a batch in the file."""
+COLUMNS = ("tokens", "widths", "responses", "pairs", "ties", "largest")
+"""Numbers of each group in the index, as of `IndexBuilder`."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class EncodedRanking:
     """The ranking itself."""
 
 
-def pairs_of(row: EncodedRanking) -> int:
-    """Count the usable pairs of a ranking, as `PromptGroup.pairs` lists them."""
-    return len(PromptGroup(row.prompt, row.responses, row.ranking.ranks).pairs())
+def group_of(row: EncodedRanking) -> PromptGroup:
+    """Return a ranking as a group of its own."""
+    return PromptGroup(row.prompt, row.responses, row.ranking.ranks)
 
 
 @dataclass
@@ -58,6 +61,10 @@ class IndexBuilder:
     """The responses of each group, K."""
     pairs: array = field(default_factory=lambda: array("i"))
     """The usable pairs of each group, over all labelers."""
+    ties: array = field(default_factory=lambda: array("i"))
+    """The tied pairs of each group, over all labelers."""
+    largest: array = field(default_factory=lambda: array("i"))
+    """The most different responses that share a rank in each group."""
 
     def add(self, row: EncodedRanking) -> None:
         """Add the next row."""
@@ -69,23 +76,26 @@ class IndexBuilder:
             self.widths.append(len(row.prompt) + max(lengths))
             self.responses.append(len(lengths))
             self.pairs.append(0)
+            self.ties.append(0)
+            self.largest.append(1)
         self.owner.append(group)
-        self.pairs[group] += pairs_of(row)
+        one = group_of(row)
+        self.pairs[group] += len(one.pairs())
+        if ties := sum(1 for _ in judged_ties(one)):
+            self.ties[group] += ties
+            self.largest[group] = max(self.largest[group], largest_tie(one))
 
     def table(self) -> pyarrow.Table:
-        """Return the index: a row for each group with a usable pair."""
+        """Return the index: a row for each group with a usable pair or a tie."""
         import pyarrow as pa
 
         order = np.argsort(np.asarray(self.owner), kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(np.asarray(self.owner), minlength=len(self.tokens)))
         offsets = np.concatenate([[0], ends]).astype(np.int32)
         rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(order))
-        columns = {
-            name: pa.array(np.asarray(getattr(self, name), dtype=np.int32))
-            for name in ("tokens", "widths", "responses", "pairs")
-        }
+        columns = {name: pa.array(np.asarray(getattr(self, name), dtype=np.int32)) for name in COLUMNS}
         table = pa.table({"rows": rows, **columns})
-        return table.filter(pa.array(np.asarray(self.pairs) > 0))
+        return table.filter(pa.array(np.asarray(self.pairs) + np.asarray(self.ties) > 0))
 
 
 def schema() -> pyarrow.Schema:
@@ -256,7 +266,7 @@ class GroupRows(Sequence[PromptGroup]):
         return GroupRows(self.file, self.index.take(pa.array(indices, pa.int64())))
 
     def column(self, name: str) -> list[int]:
-        """Return a number for each group: "tokens", "widths", "responses" or "pairs"."""
+        """Return a number for each group, by its name in COLUMNS."""
         return self.index.column(name).to_numpy().tolist()
 
 
@@ -275,21 +285,39 @@ def write_groups(target: Path, index: Path, rows: Iterable[EncodedRanking]) -> N
         writer.write_table(table)
 
 
-def read_groups(target: Path, index: Path) -> GroupRows:
-    """Map the files of `write_groups` into memory; the arguments are their paths."""
+def read_groups(target: Path, index: Path, with_ties: bool = False) -> GroupRows:
+    """Map the files of `write_groups` into memory.
+
+    Args:
+        target: The path of the rows.
+        index: The path of the index.
+        with_ties: Whether to return groups that have ties only, too.
+    """
     import pyarrow as pa
 
     with pa.memory_map(str(index)) as file:
-        return GroupRows(RowFile.open(target), pa.ipc.open_file(file).read_all())
+        return GroupRows(RowFile.open(target), usable(pa.ipc.open_file(file).read_all(), with_ties))
 
 
-def groups_of(rows: Iterable[EncodedRanking]) -> GroupRows:
-    """Make groups of rows in memory, without a file."""
+def groups_of(rows: Iterable[EncodedRanking], with_ties: bool = False) -> GroupRows:
+    """Make groups of rows in memory, without a file.
+
+    Args:
+        rows: The rows.
+        with_ties: As of `read_groups`.
+    """
     import pyarrow as pa
 
     stream = pa.BufferOutputStream()
     index = write_rows(stream, rows)
-    return GroupRows(RowFile.open(stream.getvalue()), index)
+    return GroupRows(RowFile.open(stream.getvalue()), usable(index, with_ties))
+
+
+def usable(index: pyarrow.Table, with_ties: bool) -> pyarrow.Table:
+    """Return the rows of an index with a usable pair; `with_ties` those with ties only, too."""
+    import pyarrow as pa
+
+    return index if with_ties else index.filter(pa.array(index.column("pairs").to_numpy() > 0))
 
 
 # ── what batches need of many groups, without their token ids ────────────────────────────────────
@@ -317,6 +345,27 @@ def most_responses(groups: Sequence[PromptGroup]) -> int:
 def count_pairs(groups: Sequence[PromptGroup]) -> int:
     """Count the usable pairs of groups."""
     return sum(groups.column("pairs")) if isinstance(groups, GroupRows) else sum(len(g.pairs()) for g in groups)
+
+
+def has_pair(groups: Sequence[PromptGroup]) -> list[bool]:
+    """Return whether each group has a usable pair."""
+    if isinstance(groups, GroupRows):
+        return [pairs > 0 for pairs in groups.column("pairs")]
+    return [len(group.pairs()) > 0 for group in groups]
+
+
+def count_ties(groups: Sequence[PromptGroup]) -> int:
+    """Count the tied pairs of groups."""
+    if isinstance(groups, GroupRows):
+        return sum(groups.column("ties"))
+    return sum(1 for group in groups for _ in judged_ties(group))
+
+
+def most_tied(groups: Sequence[PromptGroup]) -> int:
+    """Return the most different responses that share a rank in a group; 1 without a tie."""
+    if isinstance(groups, GroupRows):
+        return max(groups.column("largest"), default=1)
+    return max(map(largest_tie, groups), default=1)
 
 
 def part_of(groups: Sequence[PromptGroup], indices: Sequence[int]) -> Sequence[PromptGroup]:

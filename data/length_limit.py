@@ -26,6 +26,8 @@ class LengthReport:
     """An error line for each row that is refused."""
     equal: list[str] = field(default_factory=list)
     """The location of each pair of different responses whose ids are equal within the limit."""
+    ties: int = 0
+    """Pairs of rankings that are tied."""
 
     def __add__(self, other: "LengthReport") -> "LengthReport":
         """Return the report of two data sets together."""
@@ -36,6 +38,7 @@ class LengthReport:
             longest=max(self.longest, other.longest),
             problems=self.problems + other.problems,
             equal=self.equal + other.equal,
+            ties=self.ties + other.ties,
         )
 
     def line(self, what: str) -> str:

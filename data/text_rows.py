@@ -132,15 +132,21 @@ class TextRows(Sequence[dict]):
         # with a name, it need not be made of a digest of the order
         return self._taught.select(chosen, keep_in_memory=True, new_fingerprint="rows")
 
-    def with_texts(self, texts: Sequence[list[int]]) -> TextRows:
+    def with_texts(self, texts: Sequence[list[int]], read_before: Sequence[int] = ()) -> TextRows:
         """Return these rows and, after them, rows of text of which every token is taught.
 
         Args:
             texts: Token ids of each row of text.
+            read_before: Token ids that each of them is read after, which are not taught.
         """
         from datasets import Dataset, concatenate_datasets
 
-        more = [{"input_ids": ids, "labels": ids, "taught": len(ids), "position": 1.0, "prompt": None} for ids in texts]
+        read, untaught = list(read_before), [-100] * len(read_before)
+        counts = [{"taught": len(ids), "position": 1.0, "prompt": None} for ids in texts]
+        more = [
+            {"input_ids": read + ids, "labels": untaught + ids, **count}
+            for ids, count in zip(texts, counts, strict=True)
+        ]
         together = concatenate_datasets([self.dataset, Dataset.from_list(more, features=self.dataset.features)])
         first = len(self.dataset)
         return TextRows(together, np.concatenate([self.indices, np.arange(first, first + len(texts))]))

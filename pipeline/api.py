@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
 STAGES = ("world", "base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate", "report")
+OPTIONAL = ("rm_base", "rm_sft")
+"""Stages of the chain that only some experiments have (`rm.base`)."""
 TESTS = ("lm_eval", "reward_bench", "refusals")
 """Stages outside the chain, which run where they are asked for (`rlhf evaluate --lm-eval`)."""
 

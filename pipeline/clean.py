@@ -51,7 +51,7 @@ def clean_command(arguments: argparse.Namespace) -> int:
         if not present:
             print(f"{store.base}: nothing but what people said; --with-labels removes that")
             return 0
-    stages = [name for name in (*api.STAGES, *api.TESTS) if name in present]
+    stages = [name for name in (*api.STAGES, *api.OPTIONAL, *api.TESTS) if name in present]
     refuse_to_clean(store, present, stages)
     with ExitStack() as locks:
         for name in stages:  # a process may have started meanwhile
@@ -122,7 +122,15 @@ def refuse_to_clean(store: Any, present: list[str], stages: list[str]) -> None:
     """
     lines = []
     for name in present:
-        if name not in (*api.STAGES, *api.TESTS, *TRACKER_FOLDERS, "slurm", PEOPLE, ROUND) and not name.startswith("."):
+        if name not in (
+            *api.STAGES,
+            *api.OPTIONAL,
+            *api.TESTS,
+            *TRACKER_FOLDERS,
+            "slurm",
+            PEOPLE,
+            ROUND,
+        ) and not name.startswith("."):
             lines.append(f"{store.base / name}: does not belong to any stage; move it away, then clean")
     for name in stages:
         if store.is_held(name):

@@ -222,7 +222,7 @@ def add_command(commands: Any, name: str, text: str, config: str = "required", *
 def add_run(commands: Any) -> None:
     """Add `rlhf run`, whose help is `commands.RUN_HELP`."""
     run = add_command(commands, "run", "bring a stage up to date, and first what it needs", "optional", add_help=False)
-    run.add_argument("stage", nargs="?", choices=(*api.STAGES, *api.TESTS))
+    run.add_argument("stage", nargs="?", choices=(*api.STAGES, *api.OPTIONAL, *api.TESTS))
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")
@@ -400,6 +400,12 @@ def add_rank(commands: Any) -> None:
     )
     rank.add_argument(
         "--tiers", metavar="A,B", help="with --import of Label Studio: its buckets, the best first (default: our own)"
+    )
+    rank.add_argument(
+        "--simulate",
+        metavar="N",
+        type=int,
+        help="let N simulated labelers of the embedded world rank on the page until nothing is left, and end",
     )
     rank.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 

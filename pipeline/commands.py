@@ -27,6 +27,7 @@ usage: rlhf run STAGE -c CONFIG [flags] [key=value ...]
 Brings a stage up to date, and first what it needs. What is already up to date is left alone.
 
 stages, in order:  {" ".join(api.STAGES)}
+with rm.base:      {" ".join(api.OPTIONAL)}, before rm
 beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
 `rlhf run STAGE --help` lists every setting of a stage.
 
@@ -237,7 +238,8 @@ def status_command(arguments: argparse.Namespace) -> int:
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
-        if name in api.TESTS and state.kind == "missing":
+        is_asked_for = name not in api.TESTS and stages[name].used(experiment)
+        if not is_asked_for and state.kind == "missing":
             continue  # it runs only where somebody asks for it
         when = size = result = ""
         if state.manifest is not None:
@@ -349,6 +351,7 @@ def rank_command(arguments: argparse.Namespace) -> int:
 
     asked = {"--tasks-only": arguments.tasks_only, "--snapshot": arguments.snapshot}
     asked |= {"--export": arguments.export is not None, "--import": arguments.imported is not None}
+    asked |= {"--simulate": arguments.simulate is not None}
     if len(names := [name for name, is_asked in asked.items() if is_asked]) > 1:
         raise UserError(f"command line: {' and '.join(names)} are two commands; give them one after the other")
     for flag, value, other in (("to", arguments.to, "export"), ("tiers", arguments.tiers, "imported")):
@@ -366,6 +369,7 @@ def rank_command(arguments: argparse.Namespace) -> int:
         to=arguments.to or "rankings",
         imported=arguments.imported,
         tiers=tuple(name.strip() for name in (arguments.tiers or "").split(",") if name.strip()),
+        simulate=arguments.simulate,
         trust_remote_code=arguments.trust_remote_code,
     )
     store = api.open_store(experiment, Location.of(arguments.artifacts))

@@ -71,7 +71,9 @@ def describe_today(
         from_scratch: the stage will start from the beginning, and such a name gets its commit now.
         shown: digests of the artifacts that it reads although it does not need them.
     """
-    everything = experiment.model_dump(mode="json")
+    everything = stage.view(experiment).model_dump(mode="json")
+    if stage.section:
+        everything[name] = everything[stage.section]
     needs = all_needs(stage, experiment)
     inputs = {need: manifest["digest"] for need in needs if (manifest := manifests[need]) is not None}
     inputs |= shown or {}

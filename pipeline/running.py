@@ -374,10 +374,11 @@ def shared_fields(
         return replace(source, path=store.folder("world") / file, sha256=entry.get("sha256"))
 
     model = {} if stage.hub_model(experiment) is None else made_of["config"]["model"]
+    seen = stage.view(experiment)
     return {
         "stage": name,
-        "experiment": experiment,
-        "config": getattr(experiment, name),
+        "experiment": seen,
+        "config": getattr(seen, stage.section or name),
         "seed": experiment.seed,
         "inputs": {need: store.folder(need) for need in manifests},
         "manifests": manifests,

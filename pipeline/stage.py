@@ -120,6 +120,16 @@ def no_hub_model(experiment: Any) -> tuple[str, str] | None:
     return None
 
 
+def as_it_is(experiment: Any) -> Any:
+    """Return the experiment itself: the default of `Stage.view`."""
+    return experiment
+
+
+def always(experiment: Any) -> bool:
+    """Return True: the default of `Stage.used`."""
+    return True
+
+
 def show_nothing(folder: Path, console: Console) -> None:
     """Print nothing: the default of `Stage.show`."""
 
@@ -169,5 +179,13 @@ class Stage(Generic[S, E]):
     shared: bool = False
     """Whether several processes run the stage together: all call `run`, and only rank 0's StageRun
     writes."""
+    view: Callable[[E], E] = as_it_is
+    """Function that returns the experiment as the stage reads it: a stage that trains a second
+    model finds that model's settings where others find the policy's."""
+    section: str = ""
+    """Name of its section in that view; "": that of the stage."""
+    used: Callable[[E], bool] = always
+    """Function that returns whether the experiment has the stage at all; `status` leaves out others
+    that were never made."""
     show: Callable[[Path, Console], None] = show_nothing
     """Function that prints more about the finished artifact, after `rlhf run` of this stage."""

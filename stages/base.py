@@ -25,6 +25,7 @@ from stages.models.given_adapter import merge_given
 from stages.models.loading import code_fails, from_scratch, load_pretrained
 from stages.models.publish import given_model, save_model
 from stages.models.remote_code import is_remote, scalar_problem, write_scalar_head
+from stages.models.soft_prompts import add_soft_prompt
 from stages.models.tokens import Settled, settle_tokens
 from stages.rollouts.trial import CACHE, reading_problem
 from stages.settings.base import BaseSettings, adapter_folder, template_file
@@ -34,7 +35,7 @@ from stages.settings.training import total_steps
 from stages.shared.cards import ModelCard, card_text
 from stages.shared.inputs import split_documents
 from stages.shared.provenance import Provenance, provenance_of
-from stages.shared.runtime import Runtime, runtime_of
+from stages.shared.runtime import Runtime, adapter_settings, runtime_of
 from stages.shared.show import parameter_count
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
@@ -60,6 +61,10 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
             session, runtime, ctx.config, section, ctx.source("documents"), ctx.experiment.data.validation_fraction
         )
         given_dtype = None
+    soft_prompt = adapter_settings(section).soft_prompt
+    if soft_prompt is not None and parallel.is_rank_zero():  # which publishes
+        line = add_soft_prompt(model, tokenizer, soft_prompt, ctx.seed)
+        session.say(line or f"its soft prompt of {soft_prompt.count} tokens is trained on")
     figures = {**figures, "parameters": sum(p.numel() for p in model.parameters()), **session.notes.figures}
     text = card_text(provenance, ModelCard("a pretrained language model", figures=figures))
     dtype = given_dtype if section.publish_dtype == "as_given" else section.publish_dtype

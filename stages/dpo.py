@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data import sources
-from data.group_rows import part_of
+from data.group_rows import count_pairs, has_pair, part_of
 from data.groups import GroupBatch, PromptGroup, batch_groups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
@@ -28,7 +28,7 @@ from stages.objectives.logprobs import sequence_logps
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss
 from stages.settings.dpo import DPOSettings
 from stages.settings.experiment import Experiment
-from stages.settings.training import total_steps
+from stages.settings.training import TIE_LOSSES, total_steps
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.disk import say_written
 from stages.shared.inputs import LengthLimit, load_groups, published
@@ -50,7 +50,20 @@ from stages.training.batching import GroupBatches, group_order
 from stages.training.loop import Task, fit
 from stages.training.reference import Reference
 from stages.training.session import session_of
+from stages.training.ties import TieModel, learned_ties, tie_model, tie_note
 from stages.training.trainee import trainee_of
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What losses and figures of a batch are divided by."""
+
+    prompts: int
+    """Prompts of the batch."""
+    paired: int
+    """Those that have a usable pair; the others have ties only."""
+    tokens: float
+    """Tokens of the responses that were put first (`tokens_first`)."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +78,18 @@ class Objective:
     """Id of the padding."""
     runtime: Runtime
     """How the stage computes."""
+    ties: TieModel | None = None
+    """The loss that counts ties; None where ties are left out."""
 
     def micro_batch(
-        self, groups: Sequence[PromptGroup], reference: Sequence[Tensor], prompts: int, tokens: float
+        self, groups: Sequence[PromptGroup], reference: Sequence[Tensor], whole: Counts
     ) -> tuple[Tensor, dict[str, float]]:
         """Compute the share of a micro-batch in the loss of its batch.
 
         Args:
             groups: The micro-batch.
             reference: log π_ref of the responses of each group, (K,).
-            prompts: Prompts of the batch.
-            tokens: Tokens of the responses of the batch that were put first (`tokens_first`).
+            whole: The size of the batch.
 
         Returns:
             The loss, and figures to sum over the batch.
@@ -86,12 +100,18 @@ class Objective:
         with accelerator.autocast():
             logprobs = response_logprobs(self.policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
-        parts = {
-            name: loss_of(name, logps, ref_logps, batch, config.beta, config.label_smoothing, prompts, tokens)
-            for name in config.losses()
-        }
+        parts, tied = {}, {}
+        for name in config.losses():
+            if name in TIE_LOSSES:
+                assert self.ties is not None
+                parts[name], tied = self.ties.loss(groups, config.beta * (logps - ref_logps), whole.prompts)
+                continue
+            parts[name] = loss_of(
+                name, logps, ref_logps, batch, config.beta, config.label_smoothing, whole.prompts, whole.tokens
+            )
         value = sum(weight * parts[name] for name, weight in config.losses().items())
-        figures = pair_figures(value, logps.detach(), ref_logps, batch, config.beta, len(groups) / prompts)
+        share = len(batch.pair_group.unique()) / max(1, whole.paired)
+        figures = pair_figures(value, logps.detach(), ref_logps, batch, config.beta, share) | tied
         if len(parts) > 1:
             figures |= {f"loss/{name}": x.item() for name, x in parts.items()}
         return value, figures
@@ -105,16 +125,18 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
-    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
+    with_ties = any(name in TIE_LOSSES for name in config.loss_type)
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties)
+    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties)
+    pairs = f"{count_pairs(groups)} pairs{tie_note(report.ties, with_ties)}"
     report += held_report
     steps = total_steps(config, len(groups))
-    session.say(f"{report.line('rankings')}; {len(held)} rankings held out; {steps} steps")
+    session.say(f"{report.line('rankings')}; {pairs}; {len(held)} rankings held out; {steps} steps")
     if provenance.model.peft is not None:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
     adapter = adapter_settings(provenance.model)
-    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed), runtime, config.max_length)
+    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed, exact=True), runtime, config.max_length)
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(
         GroupBatches,
@@ -135,14 +157,16 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     held_ref_logps = reference.logps("validation", cut(held))
 
     # 2 train
-    trainee = trainee_of(config, policy, steps)
+    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device)
+    trainee = trainee_of(config, policy, steps, **learned_ties(config, ties))
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
-    objective = Objective(config, policy, pad_id, runtime)
+    objective = Objective(config, policy, pad_id, runtime, ties)
+    paired = has_pair(groups)
     shown = [r.prompt for r in sources.load("rankings", replace(published(rankings / "validation.jsonl"), limit=4))]
 
     def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        tokens = sum(tokens_first(groups[i]) for i in batch)
-        return objective.micro_batch([groups[i] for i in rows], [ref_logps[i] for i in rows], len(batch), tokens)
+        whole = Counts(len(batch), sum(paired[i] for i in batch), sum(tokens_first(groups[i]) for i in batch))
+        return objective.micro_batch([groups[i] for i in rows], [ref_logps[i] for i in rows], whole)
 
     def samples() -> list[dict]:
         with runtime.accelerator.autocast():
@@ -169,6 +193,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
 
     # 3 publish
     figures = {**figures, "truncated": report.truncated, "dropped": report.dropped}
+    figures |= ties.published() if ties else {}
     publish(provenance, publishable(policy, load), tokenizer, figures)
     return figures
 
@@ -207,17 +232,18 @@ def evaluate(
         poll: Called between two forward passes; may raise Interrupted.
     """
     groups, sums = batches.groups, {}
-    tokens = sum(map(tokens_first, groups))
+    whole = Counts(len(groups), sum(has_pair(groups)), sum(map(tokens_first, groups)))
     parts, costs = batches.to_evaluate()
     spare = parts[0] if is_sharded(objective.policy) else None
     for rows, is_own in parallel.padded_micro_batches(parallel.rows_of_this_rank(parts, costs), spare):
         poll()
         members, ref_logps = [groups[i] for i in rows], [reference[i] for i in rows]
-        _, figures = objective.micro_batch(members, ref_logps, len(groups), tokens)
+        _, figures = objective.micro_batch(members, ref_logps, whole)
         if is_own:
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
-    return parallel.all_reduce_figures(sums)
+    figures = parallel.all_reduce_figures(sums)
+    return figures | (objective.ties.figures() if objective.ties else {})
 
 
 def loss_of(

@@ -332,7 +332,7 @@ def prepare(
     # 1. The judges.
     check_context(session, settings, inputs["sft"] / "model", *text_lengths(experiment))
     runtime = with_accelerator(runtime)
-    tools = load_tools(runtime, inputs, settings, has_ppo_init=experiment.sft.ppo_init is not None)
+    tools = load_tools(runtime, inputs, settings, experiment.sft.ppo_init is not None, experiment.rm.on_too_long)
     tools = dataclasses.replace(tools, packed=can_pack_rows(session, tools.models(), settings.max_length))
 
     # 2. The prompts that leave room for a response. Without evaluation prompts: those of the
@@ -401,7 +401,8 @@ def prepare(
         forms.append(form_of_base(settings.base_prompt, experiment.model.name_or_path))
     longest = longest_row(prompts, tools.tokenizer, forms, settings, context)
     sampler = make_sampler(tools, settings, runtime, experiment.launch, session, longest)
-    return dataclasses.replace(tools, sampler=sampler), prompts, text_rows[: settings.perplexity_rows]
+    tools = dataclasses.replace(tools.with_asked(chat_ids, texts), sampler=sampler)
+    return tools, prompts, text_rows[: settings.perplexity_rows]
 
 
 def longest_row(

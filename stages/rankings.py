@@ -48,8 +48,6 @@ from stages.shared.source_words import recorded_rows
 from stages.training.batching import micro_batches
 from stages.training.session import Session, session_of
 
-NO_NOISE = 1e-4
-"""Temperature of the labelers' noise at which their rankings are certain."""
 MANY_UNFINISHED = 0.1
 """Share of unfinished responses above which a warning is printed."""
 
@@ -285,7 +283,7 @@ def simulate(
         # The responses of a poor SFT model hardly differ in quality, so only taste is left to
         # disagree on.
         session.say(f"{problem}: they rank without noise; train base and sft longer")
-        noise = NO_NOISE
+        noise = labelers.NO_NOISE
     if responses.unfinished_share > MANY_UNFINISHED:
         # Labelers rank a response as it is; no model learns from it how such a response should end.
         session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")

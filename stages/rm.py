@@ -4,7 +4,8 @@
 
 The batch's loss is the mean over its prompts. All pairs of a prompt are one batch element: one
 forward pass over the prompt and its K responses, so each response contributes to one gradient.
-(With loss_type: plackett_luce it is the likelihood of the whole order instead.) Afterwards, a bias
+(With loss_type: plackett_luce it is the likelihood of the whole order instead; davidson and
+davidson_luce are the same two with ties.) Afterwards, a bias
 makes the demonstrations score 0 on average: `reward_bias` in config.json.
 
 With rm.start_from the models start as a reward model that is there, head and all.
@@ -46,8 +47,9 @@ from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
+from stages.settings.reward_base import trunk_stage
 from stages.settings.rm import RMSettings
-from stages.settings.training import total_steps
+from stages.settings.training import TIE_LOSSES, total_steps
 from stages.shared.cards import SCORE, ModelCard
 from stages.shared.data_notes import DataNotes
 from stages.shared.disk import say_written
@@ -69,6 +71,7 @@ from stages.training.batching import group_order
 from stages.training.loop import Phase, fit
 from stages.training.ranking import RankingModel, evaluate, ranking_task
 from stages.training.session import Session, session_of
+from stages.training.ties import learned_ties, tie_model, tie_note
 from stages.training.trainee import trainee_of
 
 JUDGE, HELD_OUT = "judge/model", "held_out/model"
@@ -102,6 +105,13 @@ class Data:
     report: LengthReport
     """How many rankings were cut or dropped."""
 
+    tie_note: str = ""
+    """What is said of ties, if there are any."""
+
+    def all_groups(self) -> list[Sequence[PromptGroup]]:
+        """Return the groups of every kind."""
+        return [self.groups, self.held_out.groups, self.judge]
+
 
 @dataclass
 class Members:
@@ -118,7 +128,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
 
     Each is an AutoModelForSequenceClassification with one label and reward_bias.
     """
-    config, source = ctx.config, ctx.inputs["sft"] / "model"
+    config, source = ctx.config, ctx.inputs[trunk_stage(ctx.experiment)] / "model"
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
@@ -136,37 +146,38 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         note_default_rate(session, config)
     members, margins, trusted = restore_members(session, steps), [], []
     for k, name in enumerate(names):
-        # 1 the policy's trunk, a new scalar head
+        # 1 the policy's trunk, or that of a base of its own; a new scalar head
         seed = member_seed(ctx.seed, k)
         start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
         make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
         model = place_model(make, runtime, config.max_length)
+        groups = data.judge if name == JUDGE else data.groups
+        ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device)
         ctx.confirm_folders()
-        trainee = trainee_of(config, model, plan[k], config.head_learning_rate)
+        trainee = trainee_of(config, model, plan[k], config.head_learning_rate, **learned_ties(config, ties))
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
             say_written(session, provenance, [model], [model], sum(plan), sets=sets, copies=len(names))
         packed = can_pack_rows(session, [model], config.max_length)
-        ranker = RankingModel(model, tokenizer.pad_token_id, replace(runtime, packed=packed))
+        ranker = RankingModel(model, tokenizer.pad_token_id, replace(runtime, packed=packed), ties)
         # 2 train
         is_new = k == len(members.figures)
         if is_new:
             batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-            groups = data.judge if name == JUDGE else data.groups
             order = group_order(groups, plan[k], batch_size, (ctx.seed, "rm"), k)
             task = ranking_task(config, ranker, groups, held.groups, order)
             phase = phase_of(members, k, plan)
             selection = config.selection("loss", higher_is_better=False)
             figures = fit(session, runtime.accelerator, trainee, task, config.schedule(plan[k]), selection, phase)
-            members.figures.append(figures)
+            members.figures.append(figures | (ties.published() if ties else {}))
             if len(names) > 1:
                 members.tensors[f"member_{k}"] = {name: x.clone() for name, x in trainee.tensors().items()}
         else:
             trainee.load(members.tensors[f"member_{k}"])
         # 3 how far it can be trusted
-        member_margins, owners, _ = evaluate(config, ranker, held.groups)
-        margins.append(member_margins)
-        trusted.append(trust(member_margins, owners, held.groups, held.rankings, held.clusters))
+        found = evaluate(config, ranker, held.groups)
+        margins.append(found.margins)
+        trusted.append(trust(found.margins, found.owners, held.groups, held.rankings, held.clusters))
         # 4 the bias: demonstrations score 0 on average
         bias = demonstration_mean(config, ranker, tokenizer, data.demonstrations, ctx.seed)
         unwrapped(model).config.reward_bias = bias
@@ -179,10 +190,10 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         if parallel.is_rank_zero():
             shortest = min(held.groups, key=lambda g: len(g.prompt))
             check_published_score(model, shortest, tokenizer.pad_token_id)
-        publish(provenance, model, tokenizer, name, members.figures[k] | trusted[k])
+        publish(provenance, source, model, tokenizer, name, members.figures[k] | trusted[k])
         if is_new and k + 1 < len(names) and session.checkpoints.every:
             save_members(session, members, k, plan)
-    pair_clusters = [held.clusters[held.groups[g].id] for g, _ in owners]
+    pair_clusters = [held.clusters[held.groups[g].id] for g, _ in found.owners]
     figures = members.figures[0] | trusted[0] | accuracy_of_others(names, config.ensemble, margins, pair_clusters)
     ranked = ctx.manifests["rankings"]["metrics"]
     for key in ("accuracy_ceiling", "accuracy_ceiling_ci95"):
@@ -213,11 +224,13 @@ def load_data(
         notes: Where it is said what is not taken of the data.
     """
     limit = LengthLimit(config.max_length, config.on_too_long, "rm")
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache)
-    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache)
+    with_ties = config.loss_type in TIE_LOSSES
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties)
+    held_groups, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties)
+    ties = report.ties
     judge, file = [], rankings / "judge.jsonl"
     if file.is_file():
-        judge, judge_report = load_groups(file, tokenizer, limit, cache)
+        judge, judge_report = load_groups(file, tokenizer, limit, cache, with_ties)
         report += judge_report
     validation = sources.load("rankings", published(rankings / "validation.jsonl"))
     return Data(
@@ -226,6 +239,7 @@ def load_data(
         judge=judge,
         demonstrations=load_records("demonstrations", demonstrations, notes),
         report=report + held_report,
+        tie_note=tie_note(ties, with_ties),
     )
 
 
@@ -251,8 +265,8 @@ def plan_line(data: Data, plan: list[int], names: list[str]) -> str:
         names: Folders of the models.
     """
     others = len(names) - (JUDGE in names)
-    pairs = count_pairs(data.groups)
-    line = f"{data.report.line('rankings')}; {pairs} pairs; {len(data.held_out.groups)} rankings held out"
+    pairs = f"{count_pairs(data.groups)} pairs{data.tie_note}"
+    line = f"{data.report.line('rankings')}; {pairs}; {len(data.held_out.groups)} rankings held out"
     line += f"; {plan[0]} steps" + (f" for each of {others} models" if others > 1 else "")
     return f"{line}; {plan[-1]} for a judge, on {len(data.judge)} rankings of its own" if JUDGE in names else line
 
@@ -488,17 +502,18 @@ def check_published_score(model: nn.Module, group: PromptGroup, pad_id: int) -> 
         )
 
 
-def publish(provenance: Provenance, model: nn.Module, tokenizer: Any, name: str, figures: dict) -> None:
+def publish(provenance: Provenance, source: Path, model: nn.Module, tokenizer: Any, name: str, figures: dict) -> None:
     """Write a reward model to its folder.
 
     Args:
         provenance: What the model was made of.
+        source: The folder of the model that it started as.
         model: The model, whole.
         tokenizer: Its tokenizer.
         name: Name of the folder.
         figures: What was measured.
     """
-    source, folder = provenance.inputs["sft"] / "model", provenance.publish / name
+    folder = provenance.publish / name
     card = ModelCard(
         "a reward model",
         SCORE,

@@ -20,6 +20,8 @@ from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.soft_prompts import soft_prompt_of
+from stages.settings.checks import prefix_tokens
 from stages.settings.experiment import Experiment
 from stages.settings.sft import SFTSettings
 from stages.settings.training import total_steps
@@ -44,7 +46,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
-    check_context(session, config, source)
+    check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     fraction = ctx.experiment.data.validation_fraction
     given = Given(
@@ -59,8 +61,10 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, data.train
     if config.ppo_init is not None:
         labels = data.train.labels()
-        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, ctx.seed)
-        mixed_rows = data.train.with_texts(text)
+        soft_prompt = soft_prompt_of(source)
+        length = config.max_length - len(soft_prompt)
+        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, length, ctx.seed)
+        mixed_rows = data.train.with_texts(text, soft_prompt)
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
         )
@@ -84,7 +88,14 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     )
     train = partial(train_language_model, session, runtime, make, tokenizer)
     optimization = Optimization(
-        config.max_grad_norm, config.weight_decay, config.adam_beta2, config.router_aux_loss_coef
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+        dropout=config.dropout,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        label_smoothing=config.label_smoothing,
+        packing=bool(config.packing),
     )
     selection = config.selection("loss", higher_is_better=False)
 
@@ -126,7 +137,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
 
 
 def pretraining_rows(
-    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, seed: int
+    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, length: int, seed: int
 ) -> list[list[int]]:
     """Draw packed rows of pretraining text, to be mixed with the demonstrations.
 
@@ -136,16 +147,17 @@ def pretraining_rows(
         source: Where the documents are.
         fraction: Fraction of the documents that is held out.
         tokenizer: The tokenizer.
-        demonstrations: The rows to mix with.
+        labels: Labels of the rows to mix with.
+        length: Tokens of a row.
         seed: The experiment's seed.
     """
     train, _ = split_documents(source, fraction)
-    rows = wrap_documents(tokenizer, train, length=config.max_length)
+    rows = wrap_documents(tokenizer, train, length=length)
     if not rows:
-        problem = f"fewer than sft.max_length = {config.max_length} tokens of pretraining text"
+        problem = f"fewer than {length} tokens (a row as long as sft.max_length) of pretraining text"
         raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
-    count = max(1, round(labels * share / (1 - share) / (config.max_length - 1)))  # a row's first token has no label
+    count = max(1, round(labels * share / (1 - share) / (length - 1)))  # a row's first token has no label
     order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
     return [rows[i] for i in order]
 

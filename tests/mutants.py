@@ -29,6 +29,7 @@ TESTS = {
     "ppo": ("tests/stages/ppo/test_ppo_run.py", "tests/objectives/test_ppo_step.py"),
     "rm": ("tests/stages/test_rm_run.py",),
     "dpo": ("tests/stages/test_dpo_run.py",),
+    "ties": ("tests/objectives/test_ties.py", "tests/stages/test_ties_run.py"),
     "rankings": ("tests/stages/test_rankings_run.py",),
     "evaluate": (
         "tests/stages/evaluation/test_results.py",
@@ -342,17 +343,20 @@ MUTANTS = [
     Mutant(
         "rm",
         "a micro-batch's loss is divided by its own prompts",
-        "value = loss_of(config, batch, scores, len(whole))",
-        "value = loss_of(config, batch, scores, len(rows))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(whole))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(rows))",
     ),
     Mutant(
-        "rm", "a micro-batch's figures weigh as if all were as large", "weight = len(rows) / len(whole)", "weight = 0.5"
+        "rm",
+        "a micro-batch's figures weigh as if all were as large",
+        "weight = sum(paired[i] for i in rows) / max(1, sum(paired[i] for i in whole))",
+        "weight = 0.5",
     ),
     Mutant(
         "rm",
         "the held-out loss is divided by the micro-batch's prompts",
-        "loss_of(config, batch, scores, len(held)).item()",
-        "loss_of(config, batch, scores, len(rows)).item()",
+        "value, figures = ranker.loss(config, members, batch, scores, len(held))",
+        "value, figures = ranker.loss(config, members, batch, scores, len(rows))",
     ),
     Mutant(
         "rm",
@@ -385,8 +389,8 @@ MUTANTS = [
     Mutant(
         "rm",
         "an ensemble's first model is published for all",
-        'provenance.inputs["sft"] / "model", provenance.publish / name',
-        'provenance.inputs["sft"] / "model", provenance.publish / "model"',
+        "folder = provenance.publish / name",
+        'folder = provenance.publish / "model"',
     ),
     Mutant("rm", "weight_decay is not read", "        weight_decay=section.weight_decay,\n", ""),
     Mutant(
@@ -418,6 +422,64 @@ MUTANTS = [
         "an ensemble's accuracy is its first model's",
         "mean = [sum(scores) / ensemble for scores in zip(*margins[:ensemble], strict=True)]",
         "mean = margins[0]",
+    ),
+    # ── ties ──────────────────────────────────────────────────────────────────────────────────
+    Mutant("ties", "Davidson's gaps are not halved", "half = gaps / 2", "half = gaps"),
+    Mutant(
+        "ties",
+        "a tie has the probability of a win",
+        "return half - total, log_strength - total",
+        "return half - total, half - total",
+    ),
+    Mutant(
+        "ties",
+        "worths of a set are multiplied without a root",
+        "torch.where(is_open, u / size, NOTHING)",
+        "torch.where(is_open, u, NOTHING)",
+    ),
+    Mutant(
+        "ties",
+        "the chosen set's worths are multiplied without a root",
+        "torch.where(chosen, u, 0.0).sum(1) / sizes",
+        "torch.where(chosen, u, 0.0).sum(1)",
+    ),
+    Mutant(
+        "ties",
+        "the strength of the chosen set is left out",
+        "return of_size[sizes - 1] + mean - total",
+        "return mean - total",
+    ),
+    Mutant(
+        "ties",
+        "the share of ties is that of what is not tied",
+        '"ties": (shares * is_tie)',
+        '"ties": (shares * ~is_tie)',
+    ),
+    Mutant("ties", "expected ties are those of single choices", "-torch.expm1(single)", "single.exp()"),
+    Mutant("ties", "tie_learning_rate is not read", "section.tie_learning_rate or LEARNING_RATE", "LEARNING_RATE"),
+    Mutant(
+        "ties",
+        "ties of three have no strength",
+        'largest = 2 if named[0] == "davidson" else',
+        "largest = 2 if named else",
+    ),
+    Mutant(
+        "ties",
+        "tie strengths learn at the model's rate",
+        "dict.fromkeys(further or {}, further_rate / section.learning_rate)",
+        "dict.fromkeys(further or {}, 1.0)",
+    ),
+    Mutant(
+        "ties",
+        "beta does not reach DPO's ties",
+        "self.ties.loss(groups, config.beta * (logps - ref_logps), whole.prompts)",
+        "self.ties.loss(groups, logps - ref_logps, whole.prompts)",
+    ),
+    Mutant(
+        "ties",
+        "prompts with ties only are left out of rm",
+        "with_ties = config.loss_type in TIE_LOSSES",
+        "with_ties = False",
     ),
     # ── dpo ───────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -477,8 +539,8 @@ MUTANTS = [
     Mutant(
         "dpo",
         "beta does not reach the loss",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, config.beta, config.label_smoothing",
-        "parts = {\n            name: loss_of(name, logps, ref_logps, batch, 0.1, config.label_smoothing",
+        "name, logps, ref_logps, batch, config.beta, config.label_smoothing",
+        "name, logps, ref_logps, batch, 0.1, config.label_smoothing",
     ),
     Mutant(
         "dpo", "beta does not reach the figures", "rewards = beta * (logps - ref_logps)", "rewards = logps - ref_logps"
@@ -523,14 +585,14 @@ MUTANTS = [
     Mutant(
         "dpo",
         "a micro-batch's loss is divided by its own prompts",
-        "[ref_logps[i] for i in rows], len(batch), tokens)",
-        "[ref_logps[i] for i in rows], len(rows), tokens)",
+        "whole = Counts(len(batch), ",
+        "whole = Counts(len(rows), ",
     ),
     Mutant(
         "dpo",
         "a micro-batch's figures weigh as if all were as large",
-        "batch, config.beta, len(groups) / prompts)",
-        "batch, config.beta, 0.5)",
+        "share = len(batch.pair_group.unique()) / max(1, whole.paired)",
+        "share = 0.5",
     ),
     Mutant(
         "dpo",

@@ -117,7 +117,7 @@ def test_the_steps_for_a_stage_make_its_command_run(tmp_path):
     (tmp_path / "stages/count.py").write_text(story, encoding="utf-8")
     edit(
         tmp_path / "stages/settings/experiment.py",
-        ("import base,", "import count, base,"),
+        ("    base,\n", "    base,\n    count,\n"),
         ("evaluate, report)", "evaluate, count, report)"),
         ("    report: ", "    count: CountSettings = Field(default_factory=CountSettings)\n    report: "),
         ("from stages.settings.dpo", "from stages.settings.count import CountSettings\nfrom stages.settings.dpo"),

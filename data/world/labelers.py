@@ -19,6 +19,8 @@ import numpy as np
 
 AGREEMENT = 0.726
 """How often InstructGPT's labelers agree with each other."""
+NO_NOISE = 1e-4
+"""Temperature of the noise at which rankings are certain."""
 
 
 @dataclass(frozen=True)

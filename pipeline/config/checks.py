@@ -27,13 +27,12 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@|[?&](write_)?(token|key)=")
 
-# Adapter methods that no stage can train, and why.
-IN_FRONT = (
-    "learns vectors that are put before a prompt; they cannot be merged into the weights, and every stage publishes "
-    "weights that plain transformers can load"
-)
-REFUSED_METHODS = {"prompt_tuning": IN_FRONT, "prefix_tuning": IN_FRONT, "p_tuning": IN_FRONT}
+# Methods whose adapters stay in the model.
+BOTTLENECKS, PREFIX = ("houlsby", "pfeiffer", "parallel_adapter"), ("prefix_tuning",)
+IN_PLACE = (*BOTTLENECKS, *PREFIX)
+PREFIX_TOKENS = 20  # of a prefix, unless model.peft.num_virtual_tokens says otherwise
 
+SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
@@ -45,6 +44,15 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "modules_to_save": (*LOW_RANK, "ia3"),
     "use_rslora": ("lora", "dora", "qlora"),
     "init_lora_weights": ("lora", "qlora"),
+    "bottleneck_size": BOTTLENECKS,
+    "bottleneck_activation": BOTTLENECKS,
+    "bottleneck_scale": BOTTLENECKS,
+    "prefix_projection": PREFIX,
+    "num_virtual_tokens": (*SOFT, *PREFIX),
+    "prompt_tuning_init": SOFT,
+    "prompt_tuning_init_text": SOFT,
+    "encoder_reparameterization_type": ("p_tuning",),
+    "encoder_hidden_size": ("p_tuning", *PREFIX),
 }
 
 Problem = tuple[tuple, str]
@@ -70,7 +78,9 @@ def path_problems(tree: dict[str, Any]) -> list[Problem]:
     """
     data, model = tree.get("data"), tree.get("model")
     problems = data_path_problems(data) if isinstance(data, dict) else []
-    return problems + (model_path_problems(model) if isinstance(model, dict) else [])
+    problems += model_path_problems(model, ("model",)) if isinstance(model, dict) else []
+    second = second_model(tree)
+    return problems + (model_path_problems(second, ("rm", "base")) if isinstance(second, dict) else [])
 
 
 def data_path_problems(data: dict[str, Any]) -> list[Problem]:
@@ -127,24 +137,36 @@ def exists(text: str) -> bool:
     return path.exists() or (glob.has_magic(text) and any(glob.iglob(str(path), recursive=True)))
 
 
-def model_path_problems(model: dict[str, Any]) -> list[Problem]:
-    """Return the problems of the paths in the section `model`."""
+def second_model(tree: dict[str, Any]) -> Any:
+    """Return `rm.base` of a parsed config as a mapping; whatever else it is if it is none."""
+    section = tree.get("rm")
+    named = section.get("base") if isinstance(section, dict) else None
+    return {"name_or_path": named} if isinstance(named, str) else named
+
+
+def model_path_problems(model: dict[str, Any], place: tuple) -> list[Problem]:
+    """Return the problems of the paths in a section that names a model.
+
+    Args:
+        model: The section, parsed.
+        place: Its keys, for error lines.
+    """
     problems: list[Problem] = []
     text = model.get("name_or_path")
     folder = local_folder(text) if isinstance(text, str) else None
     if folder is not None and (not text or "\0" in text or not folder.is_dir()):
         what = f"no such folder: {text}; should be a folder, a Hub id org/name, package:NAME or null"
-        problems.append((("model", "name_or_path"), what))
+        problems.append(((*place, "name_or_path"), what))
     elif folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         what = f"{text} holds an adapter; name the model that it was trained on here, and {text} in model.adapter"
-        problems.append((("model", "name_or_path"), what))
+        problems.append(((*place, "name_or_path"), what))
     text = model.get("chat_template")
     if isinstance(text, str) and ("\0" in text or not Path(text).expanduser().is_file()):
         what = f"no such file: {text}; should be a file with a Jinja chat template, or null"
-        problems.append((("model", "chat_template"), what))
+        problems.append(((*place, "chat_template"), what))
     text = model.get("adapter")
     if isinstance(text, str) and (wrong := adapter_folder_problem(text)):
-        problems.append((("model", "adapter"), wrong))
+        problems.append(((*place, "adapter"), wrong))
     return problems
 
 
@@ -202,6 +224,9 @@ def revision_problems(experiment: Common) -> list[str]:
     named: dict[str, tuple[str, str | None]] = {
         "model": (experiment.model.name_or_path or "", experiment.model.revision)
     }
+    second = getattr(getattr(experiment, "rm", None), "base", None)
+    if second is not None:
+        named["rm.base"] = (second.name_or_path or "", second.revision)
     for kind in KINDS:
         value = getattr(experiment.data, kind)
         parts = {f"data.{kind}[{i}]": part for i, part in enumerate(value)} if isinstance(value, list) else {}
@@ -242,6 +267,11 @@ def adapter_problems(model: ModelSettings) -> list[str]:
             "model.adapter: a model from scratch has no adapter; name the model that it was trained on in "
             "model.name_or_path"
         )
+    if model.peft is not None and model.peft.method == "prefix_tuning" and model.attn_implementation != "sdpa":
+        lines.append(
+            f"model.attn_implementation: {model.attn_implementation} cannot read the keys and values of a prefix "
+            f"(prefix_tuning); use sdpa"
+        )
     return lines
 
 
@@ -253,13 +283,9 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
         place: The key that they stand under: "model.peft", or that of a stage.
     """
     method, problems = peft.method, []
-    if method in REFUSED_METHODS:
-        problems.append(
-            f"{place}.method: {method} {REFUSED_METHODS[method]}; use lora, dora, adalora, ia3, bitfit or qlora"
-        )
     for key, methods in OF_METHODS.items():
         value = getattr(peft, key)
-        if value != PeftSettings.model_fields[key].default and method not in (*methods, *REFUSED_METHODS):
+        if value != PeftSettings.model_fields[key].default and method not in methods:
             problems.append(
                 f"{place}.{key}: {value} has no effect with method {method}; use {' or '.join(methods)}, or leave it "
                 f"out"
@@ -268,7 +294,12 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
         problems.append(
             f"{place}.init_r: {peft.init_r} is lower than r {peft.r}, the rank that adalora prunes to; raise it"
         )
-    return problems + layer_problems(peft, place)
+    if method == "prefix_tuning" and peft.encoder_hidden_size is not None and not peft.prefix_projection:
+        problems.append(
+            f"{place}.encoder_hidden_size: {peft.encoder_hidden_size} has no effect without the MLP; set "
+            f"prefix_projection: true, or leave it out"
+        )
+    return problems + layer_problems(peft, place) + soft_prompt_problems(peft, place)
 
 
 def layer_problems(peft: PeftSettings, place: str) -> list[str]:
@@ -293,6 +324,17 @@ def layer_problems(peft: PeftSettings, place: str) -> list[str]:
             f"{place}.layers_to_transform: has no effect beside an expression in target_modules; let the expression "
             f"name the layers, or list names there"
         )
+    return problems
+
+
+def soft_prompt_problems(peft: PeftSettings, place: str) -> list[str]:
+    """Return a line where a soft prompt's start and its text do not fit; arguments as above."""
+    problems = []
+    text, init = peft.prompt_tuning_init_text, peft.prompt_tuning_init
+    if init == "text" and text is None:
+        problems.append(f"{place}.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text")
+    elif init not in (None, "text") and text is not None:
+        problems.append(f"{place}.prompt_tuning_init_text: has no effect with prompt_tuning_init {init}; use text")
     return problems
 
 
@@ -330,6 +372,11 @@ def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str
         return [
             f"launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
             f"scales; use ddp, or {place}.method: lora"
+        ]
+    if peft.method == "prefix_tuning":
+        return [
+            f"launch.strategy: fsdp2 shards layer by layer, and a prefix is one weight for all layers; use ddp, or "
+            f"{place}.method: houlsby"
         ]
     return []
 

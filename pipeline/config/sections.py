@@ -34,11 +34,24 @@ class PeftSettings(Section):
     """Choose how adapters are trained instead of all weights."""
 
     method: Literal[
-        "lora", "dora", "ia3", "bitfit", "adalora", "qlora", "prompt_tuning", "prefix_tuning", "p_tuning"
+        "lora",
+        "dora",
+        "ia3",
+        "bitfit",
+        "adalora",
+        "qlora",
+        "prompt_tuning",
+        "p_tuning",
+        "prefix_tuning",
+        "houlsby",
+        "pfeiffer",
+        "parallel_adapter",
     ] = setting(
         "lora",
-        "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases) "
-        "or qlora (lora on a quantized base model); the other three are refused with the reason",
+        "adapter method: lora, dora, adalora (lora that moves rank between layers), ia3, bitfit (trains only biases), "
+        "qlora (lora on a quantized base model), prefix_tuning (keys and values before the text in every layer), "
+        "houlsby, pfeiffer or parallel_adapter (bottlenecks behind attention and MLP, behind the MLP, beside the MLP); "
+        "prompt_tuning and p_tuning train input vectors that the chat template begins with",
     )
     r: int = setting(
         16, "rank of the adapter matrices (lora, dora, qlora; for adalora the final rank, on average)", ge=1
@@ -61,6 +74,43 @@ class PeftSettings(Section):
         "precision of the frozen linear layers under qlora: 4 (NF4 with quantized scales) or 8 (one scale per row); "
         "null: 4",
         "bits",
+    )
+    bottleneck_size: int | None = setting(
+        None, "units of a bottleneck adapter; null: the model's width / 16, rounded down", "units", ge=1
+    )
+    bottleneck_activation: Literal["relu", "gelu", "silu", "tanh"] | None = setting(
+        None, "nonlinearity of a bottleneck adapter; null: the paper's (gelu for houlsby, otherwise relu)"
+    )
+    bottleneck_scale: float | None = setting(
+        None, "factor of a bottleneck adapter's output; null: 1, and 4 for parallel_adapter as in its paper", gt=0
+    )
+    prefix_projection: bool | None = setting(
+        None,
+        "whether the first stage computes the prefix with an MLP (Li & Liang 2021), of which later stages train only "
+        "the output; null: false, the keys and values themselves train (P-tuning v2)",
+    )
+    num_virtual_tokens: int | None = setting(
+        None,
+        "length of the soft prompt of prompt_tuning and p_tuning, or of the prefix of prefix_tuning; null: 20",
+        "tokens",
+        ge=1,
+    )
+    prompt_tuning_init: Literal["text", "sample_vocab", "random"] | None = setting(
+        None,
+        "what the soft prompt starts as: the embeddings of a text, of tokens drawn from the vocabulary, or random "
+        "vectors of their spread; null: text if one is given, otherwise sample_vocab",
+    )
+    prompt_tuning_init_text: str | None = setting(
+        None, "text that the soft prompt starts as, repeated or cut to its length"
+    )
+    encoder_reparameterization_type: Literal["mlp", "lstm"] | None = setting(
+        None, "network whose output p_tuning adds to the soft prompt while it trains; null: mlp"
+    )
+    encoder_hidden_size: int | None = setting(
+        None,
+        "width of that network, or of prefix_tuning's MLP; null: the width of the model, or of a layer's keys",
+        "units",
+        ge=1,
     )
     exclude_modules: str | list[str] | None = setting(
         None, "layers that get no adapter although target_modules names them, in the same notation"
@@ -533,6 +583,9 @@ def names_hub(tree: dict[str, Any]) -> bool:
     named = [path for value in data.values() for path in source_paths(value)] if isinstance(data, dict) else []
     if isinstance(model, dict):
         named.append(model.get("name_or_path"))
+    of_rm = tree.get("rm")
+    second = of_rm.get("base") if isinstance(of_rm, dict) else None  # a reward model's own base
+    named.append(second.get("name_or_path") if isinstance(second, dict) else second)
     for section, keys in MAY_NAME_DATA.items():
         given = tree.get(section)
         if isinstance(given, dict):

@@ -384,6 +384,7 @@ def people_by_models(tools: Tools, world: World | None, people: PeoplesPairs) ->
     if not people.rows:
         return {}
     prompts = [encode_prompt(tools.tokenizer, row["prompt"]) for row in people.rows]
+    tools = tools.with_asked(prompts, [row["prompt"] for row in people.rows])
     sides = []
     for answers in (people.better, people.worse):
         ids = [encode_response(tools.tokenizer, *answer) for answer in answers]

@@ -1,8 +1,8 @@
 """Hold the models that measure a policy, and the policy being measured."""
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from stages.objectives.rewards import final_scores
 from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
+from stages.scorers.text_reader import TextReader, text_reader_of
 from stages.settings.evaluate import STAGES, EvaluateSettings
 from stages.settings.rollout import EngineSettings
 from stages.shared.engines import engine_spec, make_frozen_sampler
@@ -76,6 +77,21 @@ class Tools:
     """What samples the policies' responses; None as long as the longest prompt is not known."""
     selector: Selector | None = None
     """What chooses the best of n samples; None: the reward model."""
+    text_reader: TextReader | None = None
+    """How the reward models read texts, where their tokenizer is not the policies'."""
+    asked: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
+    """Ids of a prompt through the chat template → the prompt, as far as the reward models read
+    texts."""
+
+    def with_asked(self, chat_ids: Sequence[list[int]], prompts: Sequence[Any]) -> "Tools":
+        """Return the tools with more prompts that reward models of texts can be asked about.
+
+        Args:
+            chat_ids: The ids of each through the chat template.
+            prompts: The prompts, each a text or messages.
+        """
+        more = {tuple(ids): prompt for ids, prompt in zip(chat_ids, prompts, strict=True)}
+        return replace(self, asked={**self.asked, **more})
 
     def models(self) -> list[Any]:
         """Return the models that stay loaded, each once."""
@@ -126,9 +142,12 @@ class Tools:
             pad_id=self.tokenizer.pad_token_id,
             accelerator=self.accelerator,
             batch_size=self.batch_size,
-            packed=packed,
+            packed=packed and self.text_reader is None,
+            text_reader=self.text_reader,
         )
         request = ScoreRequest(list(chat_ids), [answer.response for answer in answers], self.tokenizer)
+        if self.text_reader is not None:
+            request = replace(request, data_rows=[{"prompt": self.asked[tuple(ids)]} for ids in chat_ids])
         return RewardModelScorer(spec).score(request).total
 
     def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
@@ -144,7 +163,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool) -> Tools:
+def load_tools(
+    runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool, on_too_long: str
+) -> Tools:
     """Load the reference and the reward models onto the device.
 
     Args:
@@ -152,6 +173,7 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
         inputs: The artifact folder of each upstream stage.
         settings: The section evaluate.
         has_ppo_init: Whether sft published a model of its own for PPO to start from.
+        on_too_long: The setting of rm, for reward models with another tokenizer.
 
     Returns:
         The tools; `packed` is False, and `sampler` None.
@@ -171,6 +193,10 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
     folder = inputs["sft"] / "model"
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
     reference_folder = inputs["sft"] / "ppo_init" if has_ppo_init else folder
+    reader = None
+    if judges:
+        trust = runtime.trust_remote_code
+        reader = text_reader_of(inputs["rm"] / "model", tokenizer, on_too_long, trust_remote_code=trust)
     return Tools(
         tokenizer=tokenizer,
         accelerator=runtime.accelerator,
@@ -184,6 +210,7 @@ def load_tools(runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSett
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         missing_eos_score=settings.missing_eos_score,
+        text_reader=reader,
     )
 
 

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import json_value
 from stages.external.quiet import quiet_unless_at_terminal
 from stages.external.tasks import CODE
+from stages.models.soft_prompts import soft_prompt_ids, without_soft_prompt
 
 BOOTSTRAPS = 1000
 """Resamples for the standard error of a metric that is no mean (F1, BLEU, perplexity)."""
@@ -82,7 +83,9 @@ def evaluate_model(
     from lm_eval.models.huggingface import HFLM
 
     prepare(tasks["tasks"].values(), asked.num_fewshot)
-    hook = model.register_forward_pre_hook(lambda *_: poll())
+    hooks = [model.register_forward_pre_hook(lambda *_: poll())]
+    if soft_prompt_ids(model):
+        hooks.append(model.register_forward_hook(exclude_soft_prompt))
     try:
         with quiet_unless_at_terminal():
             lm = HFLM(
@@ -110,9 +113,16 @@ def evaluate_model(
             ) from None
         raise
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     assert results is not None, "only rank 0 measures"
     return read_results(results, "chat" if asked.through_template else "plain")
+
+
+def exclude_soft_prompt(model: Any, arguments: Any, out: Any) -> Any:
+    """Give the tokens of a soft prompt no probability, as a forward hook."""
+    out.logits = without_soft_prompt(model, out.logits)
+    return out
 
 
 def prepare(tasks: Iterable[Any], num_fewshot: int | None) -> None:

@@ -2,6 +2,7 @@
 
 LoRA (Hu 2021), DoRA (Liu 2024), AdaLoRA (Zhang 2023) and IA³ (Liu 2022) are adapters of peft. QLoRA
 (Dettmers 2023) is LoRA on a quantized model. BitFit (Ben Zaken 2021) trains the model's own biases.
+Prompt tuning and P-tuning train rows of its embedding (`soft_prompts.py`).
 """
 
 import contextlib
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero
+from stages.models.adapter_folder import IN_PLACE, adapter_parameters, method_in
+from stages.models.bottleneck import FORMS, add_bottlenecks, bottleneck_shape, shape_of
 from stages.models.ensemble import members
 from stages.models.loading import load_scalar_model, new_reward_model, scalar_config, score_head, without_dropout
+from stages.models.prefix import add_prefix, prefix_shape
 from stages.models.principal import restore_start, start_from, write_as_lora
 from stages.models.publish import edit_json, save_model
 from stages.models.quantized import dequantize, quantize
+from stages.models.soft_prompts import SoftPrompt, merge_soft_prompt, train_soft_prompt
 from stages.models.targets import Choice, layer_options, modules_in_full, trains_ends, trains_tied
 
 TRAINS_ROWS = ("lora", "dora", "qlora")  # methods that can train single rows of embedding and head
@@ -46,6 +51,20 @@ class AdapterSettings:
     """AdaLoRA's rank at the start; None: 1.5 · r, rounded up."""
     bits: int | None = None
     """Bits per frozen weight, 4 or 8, for QLoRA; None for other methods."""
+    bottleneck_size: int | None = None
+    """Units of a bottleneck adapter; None: the model's width over 16."""
+    bottleneck_activation: str | None = None
+    """Nonlinearity of a bottleneck adapter; None: that of the method's paper."""
+    bottleneck_scale: float | None = None
+    """Factor of a bottleneck adapter's output; None: that of the method's paper."""
+    num_virtual_tokens: int = 20
+    """Prefix tokens of prefix tuning."""
+    prefix_projection: bool = False
+    """Whether an MLP computes the prefix while it trains."""
+    encoder_hidden_size: int | None = None
+    """Width of that MLP; None: the width of the keys of a layer."""
+    soft_prompt: SoftPrompt | None = None
+    """The soft prompt of prompt tuning and P-tuning; None for other methods."""
     exclude_modules: str | list[str] | None = None
     """Layers that get no adapter, in the notation of target_modules."""
     layers_to_transform: list[int] | None = None
@@ -66,6 +85,7 @@ def with_adapter(
     seed: int = 0,
     dropout: bool = False,
     new_tokens: Sequence[int] = (),
+    exact: bool = False,
 ) -> nn.Module:
     """Choose what trains of a model and wrap it in an adapter where the method is one.
 
@@ -77,9 +97,12 @@ def with_adapter(
         dropout: Whether lora_dropout is used; only sft does, since PPO's ratios need log-probs
             that repeat.
         new_tokens: Ids whose rows in the embedding and the head train too.
+        exact: Whether the model has to begin with the numbers that it has without a new adapter, as
+            a policy whose reference that is.
 
     Returns:
-        The model itself (all weights, or its biases, train) or a PeftModel, in eval mode.
+        The model itself (all weights, its biases, its soft prompt, or an adapter that stays in it
+        train) or a PeftModel, in eval mode.
 
     Raises:
         UserError: The method does not fit this model.
@@ -87,6 +110,11 @@ def with_adapter(
     if settings.method is None:
         model.requires_grad_(True)
         return model
+    if settings.method in IN_PLACE:
+        return with_adapter_in_place(model, settings, scalar=scalar, seed=seed, exact=exact)
+    if settings.soft_prompt is not None:
+        train_soft_prompt(model, settings.soft_prompt, seed, list(score_head(model).parameters()) if scalar else [])
+        return model.eval()
     config = adapter_config(model, settings, scalar=scalar, new_tokens=new_tokens)
     if config is None:
         return model
@@ -107,6 +135,86 @@ def with_adapter(
     if new_tokens:
         check_token_rows(unwrapped(model))
     return (model if dropout else without_dropout(model)).eval()
+
+
+def with_adapter_in_place(
+    model: nn.Module, settings: AdapterSettings, *, scalar: bool, seed: int, exact: bool
+) -> nn.Module:
+    """Let only an adapter that stays in the model train, and the scalar head.
+
+    A model that an earlier stage gave such an adapter goes on with it; otherwise it gets a new one.
+
+    Args:
+        model: A transformers model; changed.
+        settings: The method, one of IN_PLACE, and its values.
+        scalar: As of `with_adapter`.
+        seed: As of `with_adapter`.
+        exact: As of `with_adapter`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: The model has an adapter of another method or shape, or cannot have this one.
+    """
+    method = settings.method
+    assert method is not None
+    found = method_in(model)
+    if found is None and method == "prefix_tuning":
+        if exact:
+            raise UserError(
+                "model.peft.method: prefix_tuning begins away from the model that it is put before, so the policy "
+                "would not begin as its reference; train sft with prefix_tuning too, or use another method here"
+            )
+        options = {"projection": settings.prefix_projection, "hidden_size": settings.encoder_hidden_size}
+        add_prefix(model, settings.num_virtual_tokens, seed=seed, **options)
+    elif found is None:
+        torch.manual_seed(seed)
+        add_bottlenecks(model, bottleneck_shape_of(model, settings))
+    elif found != method:
+        raise UserError(
+            f"model.peft.method: {method} on a model that an earlier stage gave {found}; go on with {found}, or train "
+            f"all weights (null)"
+        )
+    else:
+        check_same_shape(model, settings)
+    model.requires_grad_(False)
+    for p in [*adapter_parameters(model).values(), *(score_head(model).parameters() if scalar else ())]:
+        p.requires_grad_(True)
+    return model.eval()
+
+
+def bottleneck_shape_of(model: nn.Module, settings: AdapterSettings) -> Any:
+    """Return the shape of the bottleneck adapters that the settings ask for."""
+    assert settings.method in FORMS
+    values = (settings.bottleneck_size, settings.bottleneck_activation, settings.bottleneck_scale)
+    return shape_of(model, settings.method, *values)
+
+
+def check_same_shape(model: nn.Module, settings: AdapterSettings) -> None:
+    """Check that the adapter in a model is the one that the settings describe.
+
+    Args:
+        model: A model with an adapter that stays in it.
+        settings: The method, which is the adapter's, and its values.
+
+    Raises:
+        UserError: It has another shape.
+    """
+    prefix, bottleneck = prefix_shape(model), bottleneck_shape(model)
+    if prefix is not None and prefix.tokens != settings.num_virtual_tokens:
+        raise UserError(
+            f"model.peft.num_virtual_tokens: {settings.num_virtual_tokens}, but the model that this stage starts from "
+            f"has a prefix of {prefix.tokens} tokens, which trains on; use {prefix.tokens}"
+        )
+    if bottleneck is not None and bottleneck != (wanted := bottleneck_shape_of(model, settings)):
+        keys = ("size", "activation", "scale")
+        key = next(key for key in keys if getattr(bottleneck, key) != getattr(wanted, key))
+        has = getattr(bottleneck, key)
+        raise UserError(
+            f"model.peft.bottleneck_{key}: {getattr(wanted, key)}, but the adapters of the model that this stage "
+            f"starts from have {has} and train on; use {has}"
+        )
 
 
 def refuse_tied(inner: nn.Module) -> None:
@@ -357,14 +465,16 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     weights that it computed with. Weights that other models share stay as they are. A copy without
     weights (`sharding.publishable` on other ranks) has nothing to merge.
     """
-    if not is_adapted(model) or not next(model.parameters()).numel():
+    if not next(model.parameters()).numel():
         return unwrapped(model)
+    if not is_adapted(model):
+        return merge_soft_prompt(model)
     dequantize(model)
     return model.merge_and_unload(safe_merge=True)
 
 
-def name_of_base(source: Path, folder: Path) -> tuple[str, None]:
-    """Return the name of an adapter's base model for adapter_config.json, and its revision (None).
+def name_of_base(source: Path, adapter: Path) -> str:
+    """Return the name of an adapter's base model for adapter_config.json.
 
     peft resolves a path from the working directory. Artifacts inside it, the default, are named
     relative to it, so that AutoPeftModel finds the base. Others are named relative to the adapter's
@@ -373,11 +483,11 @@ def name_of_base(source: Path, folder: Path) -> tuple[str, None]:
 
     Args:
         source: Folder of the base model.
-        folder: Folder of the published model; the adapter is in folder/adapter.
+        adapter: Folder of the adapter.
     """
     here = Path.cwd()
-    start = here if source.resolve().is_relative_to(here) else folder / FOLDER
-    return os.path.relpath(source, start).replace(os.sep, "/"), None
+    start = here if source.resolve().is_relative_to(here) else adapter
+    return os.path.relpath(source, start).replace(os.sep, "/")
 
 
 def save_adapter(model: nn.Module, folder: Path, base: tuple[str, str | None] = ("", None)) -> None:

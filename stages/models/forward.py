@@ -20,6 +20,7 @@ from stages.models.head import head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import trunk_options
 from stages.models.sharding import compute_gathered, is_sharded
+from stages.models.soft_prompts import after_soft_prompt, excluded_ids, without_soft_prompt
 from stages.objectives.logprobs import entropy, token_logprobs
 
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
@@ -45,13 +46,14 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
         def compute_logprobs() -> tuple[Tensor, Tensor | None]:
             hidden = _hidden(model, rows).index_select(0, index)
             weight = unwrapped(model).get_output_embeddings().weight
-            return head_logprobs(hidden, weight, ids, temperature, with_entropy)
+            excluded = excluded_ids(model, ids.device)
+            return head_logprobs(hidden, weight, ids, temperature, with_entropy, excluded=excluded)
 
         logprobs, entropies = compute_gathered(model, compute_logprobs)
     else:
         set_mode(model)
         logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
-        logits = logits.index_select(0, index).float() / temperature
+        logits = without_soft_prompt(model, logits.index_select(0, index).float() / temperature)
         logprobs = token_logprobs(logits, ids)
         entropies = entropy(logits.detach()) if with_entropy else None
     return (_spread(logprobs, mask), _spread(entropies, mask)) if with_entropy else _spread(logprobs, mask)
@@ -61,22 +63,24 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     """Return log π(token | before) of all tokens of packed pretraining rows but the first.
 
     Args:
-        model: A causal language model.
+        model: A causal language model. If it has a soft prompt, it reads that before each row.
         ids: (N, T), without padding.
 
     Returns:
         (N, T − 1).
     """
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    (inputs, before), targets = after_soft_prompt(model, ids[:, :-1]), ids[:, 1:]
     set_mode(model)
     if head_is_linear(model):
 
         def compute_logprobs() -> Tensor:
-            hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            return head_logprobs(hidden, unwrapped(model).get_output_embeddings().weight, targets.flatten())[0]
+            hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, before:]
+            weight, excluded = unwrapped(model).get_output_embeddings().weight, excluded_ids(model, ids.device)
+            return head_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), excluded=excluded)[0]
 
         return compute_gathered(model, compute_logprobs).view_as(targets)
-    return token_logprobs(model(input_ids=inputs, use_cache=False).logits, targets)
+    logits = model(input_ids=inputs, use_cache=False).logits[:, before:]
+    return token_logprobs(without_soft_prompt(model, logits), targets)
 
 
 def next_logits(model: nn.Module, rows: Rows) -> Tensor:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 # Logits at a time. On a CPU 24 MB: from 32 MB on, malloc maps new pages for each allocation.
 CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26}
 KEPT = 2**26  # log-probabilities kept for the backward pass: 256 MB
+EXCLUDED = -1e9  # logit of a token left out: its probability is exactly 0, and its product with the logarithm too
 
 
 def head_logprobs(
@@ -24,6 +25,7 @@ def head_logprobs(
     with_entropy: bool = False,
     chunk: int | None = None,
     kept: int = KEPT,
+    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(hidden · weightᵀ / temperature)[ids] and the entropy of that softmax.
 
@@ -35,12 +37,13 @@ def head_logprobs(
         with_entropy: Whether to compute the entropy; it has no gradient.
         chunk: Logits at a time; None: what suits the device.
         kept: Log-probabilities that may be kept for the backward pass.
+        excluded: Tokens (m,) that are left out of the softmax; None: none.
 
     Returns:
         Log-probabilities and entropies (or None), (n,) each, in fp32; products are in autocast's
         dtype.
     """
-    return _HeadLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk, kept)
+    return _HeadLogprobs.apply(hidden, weight, ids, temperature, with_entropy, chunk, kept, excluded)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -56,6 +59,7 @@ class _HeadLogprobs(torch.autograd.Function):
         with_entropy: bool,
         chunk: int | None,
         kept: int,
+        excluded: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -70,7 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
         pieces = []
         for start in range(0, len(h), size):
             rows = slice(start, start + size)
-            logp = _log_softmax(h[rows], w, temperature)
+            logp = _log_softmax(h[rows], w, temperature, excluded)
             logprobs[rows] = logp.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1)
             if with_entropy:
                 entropy[rows] = -dot(logp, logp.exp())
@@ -78,6 +82,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 pieces.append(logp)
         ctx.save_for_backward(h, w, ids, *pieces)
         ctx.temperature, ctx.size, ctx.dtypes = temperature, size, (hidden.dtype, weight.dtype)
+        ctx.excluded = excluded
         if with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -91,7 +96,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_w = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i, start in enumerate(range(0, len(h), ctx.size)):
             rows = slice(start, start + ctx.size)
-            logp = pieces[i] if pieces else _log_softmax(h[rows], w, ctx.temperature)
+            logp = pieces[i] if pieces else _log_softmax(h[rows], w, ctx.temperature, ctx.excluded)
             g = (grad[rows] / ctx.temperature).unsqueeze(-1)
             slope = logp.exp().mul_(-g)
             slope.scatter_add_(-1, ids[rows].unsqueeze(-1), g)
@@ -106,13 +111,15 @@ class _HeadLogprobs(torch.autograd.Function):
         return (
             None if grad_h is None else grad_h.to(hidden),
             None if grad_w is None else grad_w.to(weight),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
-def _log_softmax(h: Tensor, w: Tensor, temperature: float) -> Tensor:
+def _log_softmax(h: Tensor, w: Tensor, temperature: float, excluded: Tensor | None) -> Tensor:
     """Return log softmax(h · wᵀ / temperature) in fp32, (rows, V)."""
     logits = (h @ w.T).float()
+    if excluded is not None:
+        logits.index_fill_(-1, excluded, EXCLUDED)
     if temperature != 1.0:
         logits /= temperature
     return logits.log_softmax(-1)

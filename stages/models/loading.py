@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.models.adapter_folder import is_adapter_folder, weights_folder, with_adapter_of
 from stages.models.families import (
     has_family_class,
     head_problem,
@@ -35,13 +36,13 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
 
     model = from_pretrained(
         AutoModelForCausalLM,
-        folder,
+        weights_folder(folder),
         dtype=torch.float32,
         attn_implementation=attn_implementation,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
-    return prepare(model)
+    return with_adapter_of(prepare(model), folder)
 
 
 def new_reward_model(
@@ -71,16 +72,17 @@ def new_reward_model(
     }
     config = from_pretrained(AutoConfig, folder, trust_remote_code=trust_remote_code)
     if is_remote(config) or has_family_class(config):
-        model = prepare(from_pretrained(AutoModelForSequenceClassification, folder, num_labels=1, **options))
+        weights = weights_folder(folder)
+        model = prepare(from_pretrained(AutoModelForSequenceClassification, weights, num_labels=1, **options))
         if (problem := draw_head(model, seed)) is None:
-            return model
+            return with_adapter_of(model, folder)
         if is_remote(model):
             raise UserError(f"{folder}: this model's code cannot be made a reward model ({problem}); use dpo")
-    model = prepare(load_own_scalar_model(folder, config, **options)[0])
+    model = prepare(load_own_scalar_model(weights_folder(folder), config, **options)[0])
     if (problem := draw_head(model, seed)) is not None:
         what = f"this {config.model_type} model cannot be made a reward model ({problem})"
         raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
-    return model
+    return with_adapter_of(model, folder)
 
 
 def draw_head(model: nn.Module, seed: int) -> str | None:
@@ -162,10 +164,11 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
         "use_safetensors": True,
         "trust_remote_code": trust_remote_code,
     }
+    weights = weights_folder(folder)
     if names_own_head(config, folder):
-        model, info = load_own_scalar_model(folder, config, **options)
+        model, info = load_own_scalar_model(weights, config, **options)
     else:
-        model, info = from_pretrained(AutoModelForSequenceClassification, folder, output_loading_info=True, **options)
+        model, info = from_pretrained(AutoModelForSequenceClassification, weights, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(
             f"{folder}: lacks the weights {sorted(info['missing_keys'])[:3]}, so its head would be "
@@ -176,7 +179,7 @@ def load_scalar_model(folder: Path, *, attn_implementation: str = "sdpa", trust_
             f"{folder}: its logit is not its score as read here ({problem}); take a reward model whose logit "
             f"is a linear head on the last hidden state, as `make rm` makes them"
         )
-    return model
+    return with_adapter_of(model, folder)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -323,6 +326,7 @@ def load_pretrained(
         path, options["gguf_file"] = packaged_gguf(name.removeprefix("package:"))
     else:
         path = name
+    folder = Path(name).expanduser()  # of a Hub id: no folder
     try:
         if "gguf_file" not in options:
             refuse_kind(from_pretrained(AutoConfig, path, **options), name)
@@ -331,7 +335,7 @@ def load_pretrained(
         load = partial(
             from_pretrained,
             AutoModelForCausalLM,
-            path,
+            str(weights_folder(folder)) if is_adapter_folder(folder) else path,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             output_loading_info=True,
@@ -375,7 +379,7 @@ def load_pretrained(
         fresh.generation_config.eos_token_id = model.generation_config.eos_token_id
         model = fresh
     settle_generation_config(model)
-    return prepare(model), tokenizer
+    return with_adapter_of(prepare(model), folder), tokenizer
 
 
 # Of a tied model with another head, transformers would take the embedding for the unembedding.

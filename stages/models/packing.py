@@ -22,6 +22,7 @@ from data.groups import Rows, make_rows
 from stages.models.adapters import unwrapped
 from stages.models.ensemble import Ensemble
 from stages.models.families import cache_name
+from stages.models.prefix import WORKS_WITH, before, seen_behind
 
 NAME = "packed_rows"
 # Tokens per span. Below, a call per span costs a CPU more than the padding of one call for all.
@@ -96,20 +97,39 @@ def packed_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    front = before(module, key)
     if packing is None:
+        if front is not None:
+            attention_mask = seen_behind(attention_mask, query, key, front[0].shape[2])
+            key, value = behind(front, key, value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None or options.get("position_bias") is not None:
         raise ValueError("packed attention supports neither softcap nor position biases")
     if isinstance(packing, Tensor):
+        if front is not None:
+            packing = F.pad(packing, (front[0].shape[2], 0))
+            key, value = behind(front, key, value)
         return one_token_attention(query, key, value, packing, scaling), None
     window = options.get("sliding_window")
     if window is not None and window < packing.sequences.shape[1]:
         raise ValueError(f"packed attention has no sliding window, and this layer's is {window} tokens")
     compute = in_rows if query.device.type != "cpu" or packing.short else span_by_span
-    return compute(query, key, value, packing, scaling), None
+    return compute(query, key, value, packing, scaling, front), None
 
 
-def span_by_span(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+def behind(front: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a prefix's keys and values with those of the text behind them, (B, H_kv, n + T, D)."""
+    return torch.cat([front[0], key], dim=2), torch.cat([front[1], value], dim=2)
+
+
+def span_by_span(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    front: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Compute attention with one or two kernel calls per span.
 
     A prompt attends to itself; each of its responses to the prompt and itself. A prompt with a
@@ -121,10 +141,12 @@ def span_by_span(query: Tensor, key: Tensor, value: Tensor, packing: Packing, sc
         value: (1, H_kv, T, D).
         packing: The layout.
         scaling: As of `packed_attention`.
+        front: Keys and values (1, H_kv, n, D) of a prefix that every token attends to; or None.
 
     Returns:
         (1, T, H, D).
     """
+    ahead = 0 if front is None else front[0].shape[2]
     options = {"scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     lengths = [n for p, rs in packing.spans for n in ((p + rs[0],) if len(rs) == 1 else (p, *rs))]
     # One split instead of slices: its backward pass is one concatenation instead of a sum of padded
@@ -133,17 +155,29 @@ def span_by_span(query: Tensor, key: Tensor, value: Tensor, packing: Packing, sc
     out = []
     for prompt, responses in packing.spans:
         q, k, v = next(parts)
-        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        if front is None:
+            out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        else:
+            mask = packing.behind(ahead, q.shape[2], q.device)
+            k, v = behind(front, k, v)
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
         for length in responses if len(responses) > 1 else ():
             own_q, own_k, own_v = next(parts)
             if length:
                 keys, values = torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2)
-                mask = packing.behind(prompt, length, q.device)
+                mask = packing.behind(ahead + prompt, length, q.device)
                 out.append(F.scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, **options))
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def in_rows(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+def in_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    front: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Compute attention in one kernel call over a padded row per response.
 
     Each row is a copy of the prompt and the response. It is causal, so padding on the right is
@@ -157,7 +191,13 @@ def in_rows(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling
         return x[0].transpose(0, 1).index_select(0, index).unflatten(0, (count, width)).transpose(1, 2)
 
     q, k, v = gather(query), gather(key), gather(value)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
+    options = {"scale": scaling, "enable_gqa": k.shape[1] != q.shape[1]}
+    if front is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    else:
+        mask = packing.behind(front[0].shape[2], width, q.device)
+        k, v = behind((front[0].expand(count, -1, -1, -1), front[1].expand(count, -1, -1, -1)), k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     # Each token's output is read from one of the rows that hold it; the others' copies are dropped.
     return out.transpose(1, 2).flatten(0, 1).index_select(0, packing.home).unsqueeze(0)
 
@@ -211,7 +251,8 @@ def can_pack(model: nn.Module, max_length: int) -> bool:
         return False
     if reads_packed_rows(model):
         return True
-    if getattr(inner.config, "_attn_implementation", None) != "sdpa" or getattr(inner, "_cannot_pack", False):
+    kernel = getattr(inner.config, "_attn_implementation", None)
+    if kernel not in WORKS_WITH or getattr(inner, "_cannot_pack", False):
         return False
     try:
         register(inner)
@@ -219,7 +260,7 @@ def can_pack(model: nn.Module, max_length: int) -> bool:
     except (ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError):
         works = False
     if not works:
-        inner.set_attn_implementation("sdpa")
+        inner.set_attn_implementation(kernel)
         inner._cannot_pack = True  # not to be tried again when its weights are cast or sharded
     return works
 
@@ -232,14 +273,14 @@ def has_short_window(config: Any, length: int) -> bool:
     return any((getattr(config, name, None) or length) < length for name in names)
 
 
-def register(inner: nn.Module) -> None:
-    """Make a transformers model use `packed_attention`."""
+def register(inner: nn.Module, name: str = NAME) -> None:
+    """Make a transformers model use `packed_attention`, under a name of transformers' interface."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    inner.set_attn_implementation(NAME)
+    AttentionInterface.register(name, packed_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    inner.set_attn_implementation(name)
 
 
 def reads_packed_rows(model: nn.Module) -> bool:

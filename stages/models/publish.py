@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from pipeline.launch.parallel import is_rank_zero
+from stages.models.adapter_folder import BASE, method_in, without_adapter, write_adapter
 from stages.models.families import original_routers
 from stages.models.remote_code import from_pretrained, is_remote, keep_code
+from stages.models.soft_prompts import soft_prompt_ids
 
 # Old names of the entries of `rope_parameters` that are not rope_theta and partial_rotary_factor.
 ROPE_NAMES = {
@@ -47,11 +49,13 @@ def save_model(
     card: str,
     temperature: float | None = None,
     dtype: str | None = None,
+    name_of_weights: str = BASE,
 ) -> None:
     """Write a folder that transformers can load by itself.
 
     It has safetensors, tokenizer, chat template, generation config, card, and the code that the
-    model brings, if any. Only rank 0 writes.
+    model brings, if any. With an adapter that stays in the model, the weights are in base/
+    (`adapter_folder`). Only rank 0 writes.
 
     Args:
         model: A transformers model; unchanged, except for the ids of special tokens in its config.
@@ -60,23 +64,31 @@ def save_model(
         card: Text of README.md.
         temperature: Of a policy, the sampling temperature that it was trained at; `generate` then
             uses it. None: the model's original sampling settings are kept, if they are valid.
-        dtype: What weights are rounded to, as "bfloat16"; None: they are not rounded.
+        dtype: What weights are rounded to, as "bfloat16"; None: they are not rounded. Weights of
+            an adapter that stays in the model never are.
+        name_of_weights: What the adapter_config.json of such an adapter calls base/.
     """
     if not is_rank_zero():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_code(model, tokenizer, folder)
+    has_adapter = method_in(model) is not None
+    inside = folder / BASE if has_adapter else folder
+    inside.mkdir(parents=True, exist_ok=True)
+    keep_code(model, tokenizer, inside)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.use_cache = True
     weights = None if dtype is None else rounded(model, getattr(torch, dtype))
+    if has_adapter:
+        weights = without_adapter(model, model.state_dict() if weights is None else weights)
     with given_generation_config(model, generation_config(model, tokenizer, temperature)), original_routers(model):
-        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+        model.save_pretrained(inside, **({} if weights is None else {"state_dict": weights}))
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)
-    if weights is not None:
-        edit_json(folder / "config.json", lambda config: with_dtype(config, dtype))
-    write_old_positions(model, folder)
+    if dtype is not None:
+        edit_json(inside / "config.json", lambda config: with_dtype(config, dtype))
+    write_old_positions(model, inside)
+    if has_adapter:
+        write_adapter(model, folder, name_of_weights)
     facts = (pre_tokenizer_of(folder), added_by(tokenizer))
     edit_json(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, *facts))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -221,6 +233,8 @@ def generation_config(model: nn.Module, tokenizer: Any, temperature: float | Non
                None)  # fmt: skip
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": bos}
     ids["eos_token_id"] = end_tokens(tokenizer.eos_token_id, given.eos_token_id)
+    if soft_prompt := soft_prompt_ids(model):
+        ids["suppress_tokens"] = soft_prompt
     if temperature is None:
         settings = {key: value for key, value in given.to_diff_dict().items() if not key.startswith("_")}
         kept = GenerationConfig(**{**settings, **ids})

@@ -247,7 +247,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     def load_start() -> nn.Module:
         return load_policy(folders.policy, **loading)
 
-    policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed))
+    policy = place(lambda: with_adapter(load_start(), adapter, seed=options.policy_seed, exact=True))
     ids = unwrapped(policy).get_input_embeddings().weight.shape[0]  # all that it can sample
 
     def load_reference() -> nn.Module:

@@ -159,16 +159,20 @@ def value_loss(
     return 0.5 * masked_sum(torch.maximum(unclipped, clipped), mask) / count, sums
 
 
-def language_model_loss(logits: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
+def language_model_loss(logits: Tensor, labels: Tensor, count: float | Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return −Σ log p(label) / count over the labels that are not −100.
+
+    With smoothing ε it is −Σ ((1 − ε) log p(label) + ε/V Σ_v log p(v)) / count (Szegedy 2016).
 
     Args:
         logits: (B, T, V).
         labels: (B, T), shifted already: the label at t is what the logits at t predict.
         count: Labels in the whole batch.
+        label_smoothing: ε.
     """
     counted = labels != -100
-    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum") / count
+    scores = logits[counted].float()
+    return F.cross_entropy(scores, labels[counted], reduction="sum", label_smoothing=label_smoothing) / count
 
 
 def dpo_loss(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
+from pipeline.config.checks import IN_PLACE
 from stages.page.manifests import Manifest, commit_of, common_versions, metrics_of, ordered, seconds_of, section, shown
 from stages.page.numbers import duration
 
@@ -88,7 +89,13 @@ def adapter(manifests: dict[str, Manifest]) -> str:
     if adapters:
         peft = adapters[0]
         parts = [f"{key} {shown(value)}" for key, value in peft.items() if key != "method" and value not in (None, 0.0)]
-        text = f"adapter {peft.get('method', 'lora')}: {', '.join(parts)}; merged into each published model"
+        method = peft.get("method", "lora")
+        in_place = method in IN_PLACE
+        where = "beside the base model in each published folder" if in_place else "merged into each published model"
+        text = f"adapter {method}: {', '.join(parts)}; {where}"
+        if peft.get("method") in ("prompt_tuning", "p_tuning"):
+            length = peft.get("num_virtual_tokens") or 20
+            text = f"{peft['method']}: the embeddings of {length} tokens that the chat template begins with"
     for stage, peft in others.items():
         keys = peft.items() if isinstance(peft, dict) else ()
         parts = [f"{key} {shown(value)}" for key, value in keys if value is not None]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from data.documents import wrap_documents
 from data.error_lines import shorten
 from data.records import own_text, prompt_key
@@ -14,19 +16,38 @@ from data.streams import held_out as hold_out
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.models.adapters import AdapterSettings
+from stages.models.ensemble import load_ensemble, members
 from stages.models.ensemble_folder import others_of
-from stages.models.loading import load_tokenizer
-from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles
+from stages.models.loading import load_scalar_model, load_tokenizer
+from stages.models.packing import can_pack
+from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles, make_on_device
 from stages.models.same_tokenizer import difference_of
 from stages.rollouts.rollout import DrawnPrompt
+from stages.scorers.text_reader import TextReader, text_reader_of
 from stages.settings.experiment import Experiment
 from stages.settings.peft import peft_of
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
+from stages.settings.reward_base import has_own_base, trunk_stage
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
 from stages.shared.runtime import Runtime, can_pack_rows
 from stages.training.session import Session
+
+LONGEST = 2**16
+"""Tokens of a row, where a reward model does not state its context."""
+
+
+@dataclass(frozen=True)
+class TextRewardModel:
+    """The reward model of rm, where its tokenizer is not the policy's."""
+
+    model: nn.Module
+    """The model, or an Ensemble, on its device. Frozen."""
+    reader: TextReader
+    """How it reads texts."""
+    packed: bool
+    """Whether it reads packed rows."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +125,65 @@ def logits_in(folder: Path) -> int:
     return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
 
 
+def own_text_reader(
+    start: Path, inputs: dict[str, Path], experiment: Experiment, *, trust_remote_code: bool
+) -> TextReader | None:
+    """Return how the reward model of rm reads texts; None if it reads ids, or does not score.
+
+    Args:
+        start: Folder of the model that the policy starts as.
+        inputs: Folders of the upstream stages.
+        experiment: All settings.
+        trust_remote_code: Whether code that the models bring may run.
+    """
+    if not (has_own_base(experiment) and "rm" in inputs):
+        return None
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(start, **trust)
+    return text_reader_of(inputs["rm"] / "model", tokenizer, experiment.rm.on_too_long, **trust)
+
+
+def load_text_model(
+    inputs: dict[str, Path], settings: ModelScorer, runtime: Runtime, reader: TextReader
+) -> TextRewardModel:
+    """Load the reward model of rm, which reads texts, whole on each process.
+
+    Args:
+        inputs: Folders of the upstream stages.
+        settings: How the models of an ensemble score.
+        runtime: How the models compute.
+        reader: How it reads texts.
+    """
+    folder = inputs["rm"] / "model"
+    length = reader.context or LONGEST
+
+    def load(path: Path) -> nn.Module:
+        def make() -> nn.Module:
+            return load_scalar_model(path, **runtime.load_options()).requires_grad_(False)
+
+        return make_on_device(make, runtime.accelerator, length, sharded=False)
+
+    model = load_ensemble([folder, *others_of(folder)], settings.how, load, settings.deviations)
+    return TextRewardModel(model, reader, all(can_pack(member, length) for member in members(model)))
+
+
+def text_reward_line(has_value_model: bool) -> str:
+    """Return the line that says how a reward model with another tokenizer is used.
+
+    Args:
+        has_value_model: Whether a value model is trained.
+    """
+    line = "the reward model has a tokenizer of its own: it reads the responses as text"
+    return f"{line}; the value model starts as the policy with a new head" if has_value_model else line
+
+
 def role_folders(
-    start: Path, inputs: dict[str, Path], experiment: Experiment, *, trust_remote_code: bool = False
+    start: Path,
+    inputs: dict[str, Path],
+    experiment: Experiment,
+    *,
+    reads_texts: bool = False,
+    trust_remote_code: bool = False,
 ) -> RoleFolders:
     """Return where the models of a run are.
 
@@ -113,6 +191,7 @@ def role_folders(
         start: Folder of the reference, and of the policy unless ppo.start_from names another.
         inputs: Folders of the upstream stages.
         experiment: All settings; they name reward models.
+        reads_texts: Whether the reward model of rm has another tokenizer, and so no role here.
         trust_remote_code: Whether code that the models bring may run.
     """
     c, reward_models = experiment.ppo, []
@@ -121,9 +200,13 @@ def role_folders(
     for key, name, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
+        if settings.is_own() and reads_texts:
+            continue
         if settings.is_own():
             own = inputs["rm"] / "model"
-            trunk = inputs["sft"] / "model" if same_weights else None  # rm may have quantized it, or ppo
+            trunk = (
+                inputs[trunk_stage(experiment)] / "model" if same_weights else None
+            )  # rm may have quantized it, or ppo
             folder, others = NamedFolder("rm", own), others_of(own)
         elif c.rewards is None or reads_ids_of(settings, start, trust_remote_code=trust_remote_code):
             first, *others = settings.folders()

@@ -12,6 +12,7 @@ from stages.models.adapters import is_adapted, unwrapped
 from stages.models.families import is_own_head
 from stages.models.roles import RoleFolders, Roles
 from stages.models.sharding import is_sharded, publishable
+from stages.models.soft_prompts import trains_soft_prompt
 from stages.ppo.state import Run
 from stages.shared.cards import ANSWER, ModelCard
 from stages.shared.provenance import Provenance
@@ -80,7 +81,7 @@ def publish_average(publication: Publication, roles: Roles, run: Run) -> None:
     last_weights = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     policy.load(run.learners.average.tensors)
     model = publishable(roles.policy, roles.reload["policy"])
-    if model is roles.policy and is_adapted(model):
+    if model is roles.policy and (is_adapted(model) or trains_soft_prompt(model)):
         model = copy.deepcopy(model)  # saving merges the adapter and removes it
     folder = publication.provenance.publish / "model_ema"
     card = ModelCard(

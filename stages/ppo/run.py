@@ -30,9 +30,12 @@ from stages.ppo.inputs import (
     load_models,
     load_prompts,
     load_ptx_rows,
+    load_text_model,
+    own_text_reader,
     refuse_rows,
     role_folders,
     start_folder,
+    text_reward_line,
 )
 from stages.ppo.options import (
     AdvantageOptions,
@@ -62,6 +65,7 @@ from stages.settings.ppo import (
     steps_per_update,
     unused_settings,
 )
+from stages.settings.scorers.model import ModelScorer
 from stages.shared.disk import say_written
 from stages.shared.engines import engine_rules, engine_spec
 from stages.shared.provenance import Provenance, provenance_of
@@ -174,7 +178,9 @@ def set_up(
 
     start = start_folder(provenance.inputs["sft"], has_ppo_init=experiment.sft.ppo_init is not None)
     check_context(session, c, start, *(["ptx_length"] if c.ptx_coef else []))
-    folders = role_folders(start, provenance.inputs, experiment, trust_remote_code=runtime.trust_remote_code)
+    trust = {"trust_remote_code": runtime.trust_remote_code}
+    reader = own_text_reader(start, provenance.inputs, experiment, **trust)
+    folders = role_folders(start, provenance.inputs, experiment, reads_texts=reader is not None, **trust)
     roles = load_models(session, folders, runtime, adapter_settings(provenance.model), c.max_length)
     confirm_folders()  # the named ones have been loaded
     name = c.rollout.engine
@@ -189,11 +195,20 @@ def set_up(
         batch_size=c.local_rollout_forward_batch_size,
     )
     rewards = [settings for _, _, settings in named_rewards(c)]
+    text_models = {}
+    if reader is not None:
+        text_models = {
+            name: load_text_model(provenance.inputs, settings, runtime, reader)
+            for _, name, settings in named_rewards(c)
+            if isinstance(settings, ModelScorer) and settings.is_own()
+        }
+        session.say(text_reward_line(has_value_model(c)))
     scorer = make_scorers(
         roles,
         rewards,
         c.per_device_train_batch_size,
         shows_parts=c.rewards is not None,
+        text_models=text_models,
         records=session.checkpoints.folder / "scores",
         say=session.say,
         trust_remote_code=runtime.trust_remote_code,

@@ -1,12 +1,13 @@
 """Build what scores the responses of a run: the scorers that it climbs, and the held-out one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from stages.models.roles import Roles
+from stages.ppo.inputs import TextRewardModel
 from stages.scorers.scorer import ScorerSpec
 from stages.scorers.scorers import make_scorer
 from stages.scorers.weighted import Drops, WeightedScorer, WeightedSum
@@ -32,7 +33,13 @@ def scorer_spec(roles: Roles, reward_model: nn.Module | None, batch_size: int) -
 
 
 def make_scorers(
-    roles: Roles, rewards: Sequence[ScorerSection], batch_size: int, *, shows_parts: bool, **more: Any
+    roles: Roles,
+    rewards: Sequence[ScorerSection],
+    batch_size: int,
+    *,
+    shows_parts: bool,
+    text_models: Mapping[str, TextRewardModel] | None = None,
+    **more: Any,
 ) -> WeightedSum:
     """Return the weighted sum of the scorers that a run climbs.
 
@@ -41,11 +48,14 @@ def make_scorers(
         rewards: The settings of the scorers.
         batch_size: The most responses in a forward pass, where they do not come as rows.
         shows_parts: Whether the score of each is shown.
+        text_models: Reward models of this experiment that read texts, by the name of their scorer.
         more: Further fields of their `ScorerSpec`.
     """
     scorers = []
     for name, settings in zip(names_of(rewards), rewards, strict=True):
         spec = scorer_spec(roles, roles.reward_models.get(name), batch_size)
+        if (own := (text_models or {}).get(name)) is not None:
+            spec = replace(spec, reward_model=own.model, text_reader=own.reader, packed=own.packed)
         scorer = make_scorer(replace(spec, settings=settings, name=name, **more))
         scorers.append(WeightedScorer(name, settings.weight, scorer))
     may_drop = any(settings.may_drop() for settings in rewards)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pipeline.launch import parallel
 from stages.models.forward import head_is_linear
-from stages.models.head import dot
+from stages.models.head import EXCLUDED, dot
 from stages.models.packing import reads_packed_rows
 from stages.models.sharding import gathered
+from stages.models.soft_prompts import excluded_ids
 from stages.rollouts.engine import EngineSpec, Sampled, SampleRequest
 from stages.rollouts.lanes import Lane, lane_for
 
@@ -192,13 +193,15 @@ def sample_with_logprobs(
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs = torch.zeros(len(prompts), decoding.response_length, device=model.device)
     entropy = torch.zeros_like(logprobs)
+    excluded = excluded_ids(model, model.device)
     make_lane = lane_for(model, reads_packed_rows(model) and head_is_linear(model))
     for start in range(0, len(order), decoding.batch_size):
         chosen = order[start : start + decoding.batch_size]
         uniforms = torch.stack([_uniforms(seeds[i], decoding.response_length) for i in chosen]).to(model.device)
         lane = make_lane(model, [prompts[i] for i in chosen], decoding.response_length, decoding.pad_id)
         with cast_once(model):
-            tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll, _watch_rows(chosen, watch))
+            watch_rows = _watch_rows(chosen, watch)
+            tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll, watch_rows, excluded)
         rows = torch.tensor(chosen, device=model.device)
         logprobs[rows, : batch_logprobs.shape[1]] = batch_logprobs
         entropy[rows, : batch_entropy.shape[1]] = batch_entropy
@@ -261,6 +264,7 @@ def _decode(
     decoding: Decoding,
     poll: Callable[[], None],
     watch_rows: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decode one batch token by token.
 
@@ -271,6 +275,7 @@ def _decode(
         poll: Is called before each token.
         watch_rows: Is called with the rows that the lane holds, their tokens, and which of them
             were unfinished.
+        excluded: Ids (n,) of tokens that are never drawn; None: none.
 
     Returns:
         Tokens (B, R'), EOS from the end of each row on; their log-probabilities and entropies (B,
@@ -286,6 +291,8 @@ def _decode(
     for t in range(width):
         poll()
         logits = logits.float()
+        if excluded is not None:
+            logits = logits.index_fill(-1, excluded, EXCLUDED)
         if decoding.temperature != 1.0:
             logits = logits / decoding.temperature
         logp = logits.log_softmax(-1)

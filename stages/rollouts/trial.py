@@ -13,6 +13,7 @@ from data.groups import make_rows
 from stages.models.families import off_the_gpu, ordinary_ids
 from stages.models.forward import head_is_linear, response_logprobs
 from stages.models.packing import can_pack
+from stages.models.soft_prompts import without_soft_prompt
 from stages.rollouts.lanes import Lane, PackedLane, lane_for
 
 CHANGED = 1e-3  # share of a hidden state's norm; rounding in float32 changes some 1e-6 of it
@@ -154,6 +155,7 @@ def logprobs_by_steps(
     for t in range(width):
         # a row that has ended, but is still in the lane, repeats its last token
         tokens = torch.tensor([responses[i][min(t, len(responses[i]) - 1)] for i in rows], device=model.device)
+        logits = without_soft_prompt(model, logits)
         of_tokens = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         for at, i in enumerate(rows):
             if t < len(responses[i]):

@@ -29,10 +29,13 @@ from torch import nn
 from data.streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
+from stages.models.adapter_folder import is_adapter_folder, method_in
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
+from stages.models.soft_prompts import soft_prompt_of
 from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
 from stages.rollouts.handover import batches, handle_of, lora_arguments, shareable, write_adapter
+from stages.settings.rollout import no_vllm
 
 SCRIPT = Path(__file__).with_name("vllm_server.py")
 SECONDS_TO_END = 10.0
@@ -136,6 +139,7 @@ class Vllm:
                 differently from its modules.
         """
         options = self.options
+        refuse_in_place(method_in(unwrapped(model)))
         lora = lora_arguments(model) if self._hands_over_adapter(model) else None  # it may refuse
         names = {name for name, _ in file_tensors(model)} - {tied_head(model)}
         model_type = unwrapped(model).config.model_type
@@ -162,6 +166,7 @@ class Vllm:
             UserError: If its files cannot be written.
         """
         options = self.options
+        refuse_in_place("the folder" if is_adapter_folder(options.model) else None)
         parallel.from_rank_zero(self._launch)
         try:
             self._ask({"start": {"model": str(options.model)} | self._arguments()}, poll)
@@ -190,6 +195,8 @@ class Vllm:
             "top_k": request.top_k,
             "top_p": request.top_p,
         }
+        if excluded := soft_prompt_of(self.options.model):
+            message["excluded"] = excluded
         if self.options.sleeps and torch.cuda.is_available():
             torch.cuda.empty_cache()
         responses, logprobs = self._ask({"generate": message}, poll)
@@ -387,6 +394,19 @@ def how_it_ended(process: subprocess.Popen, log: Path) -> str:
     last_line = next((line[:300] for line in reversed(lines) if line), "nothing")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"ended with {how}; its last words: {last_line} (more in {log})"
+
+
+def refuse_in_place(method: str | None) -> None:
+    """Refuse a model with an adapter that stays in it.
+
+    Args:
+        method: The adapter's method; None: the model has no such adapter.
+
+    Raises:
+        UserError: There is one.
+    """
+    if method is not None:
+        raise UserError(f"rollout.engine: {no_vllm(method)}")
 
 
 def refuse_other_names(names: set[str], model: Path, model_type: str) -> None:

@@ -7,7 +7,7 @@
     {"adapter": folder of a LoRA adapter}                               → {"ok": null}
     {"sleep": null}  free GPU memory until the next request             → {"ok": null}
     {"generate": {prompts, seeds, max_tokens, temperature, eos_id,
-    top_k, top_p}}                                                      → {"ok": [[ids],
+    top_k, top_p, excluded}}                                            → {"ok": [[ids],
     [log-probs]]}
 
 Run as `python vllm_server.py FD`, where FD is the file descriptor of an inherited socket. The
@@ -27,7 +27,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -60,7 +60,9 @@ def main() -> None:
             elif "sleep" in request:
                 engine.sleep(level=1)  # weights go to the machine's memory, the cache is forgotten
             else:
-                answer = generate(engine, adapter, **request["generate"])
+                asked = dict(request["generate"])
+                prompts, seeds = asked.pop("prompts"), asked.pop("seeds")
+                answer = generate(engine, adapter, prompts, seeds, sampling_options(**asked))
             reply = {"ok": answer}
         except Exception as error:  # of any kind: the trainer has to know
             reply = {"error": f"{type(error).__name__}: {error}"}
@@ -154,17 +156,34 @@ def load_adapter(engine: Any, folder: str, before: Any) -> Any:
     return adapter
 
 
-def generate(
-    engine: Any,
-    adapter: Any,
-    prompts: list[list[int]],
-    seeds: list[int],
+def sampling_options(
     max_tokens: int,
     temperature: float,
     eos_id: int,
     top_k: int | None,
     top_p: float | None,
-) -> list:
+    excluded: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Return the arguments of vLLM's SamplingParams that all samples share.
+
+    Args:
+        max_tokens: The longest response, EOS included.
+        temperature: Divides the logits.
+        eos_id: The only token that ends a response.
+        top_k: How many of the likeliest tokens are drawn from; None: all.
+        top_p: Probability of the set of tokens that is drawn from; None: 1.
+        excluded: Ids that are never drawn, those of a soft prompt.
+    """
+    # vLLM also stops at every end token of the folder's generation_config.json, unless it ignores
+    # EOS
+    options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
+    options |= {"top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p}  # 0 and 1: all
+    if excluded:
+        options["logit_bias"] = dict.fromkeys(excluded, -100.0)  # the least that vLLM takes: e^-100 of a chance
+    return options
+
+
+def generate(engine: Any, adapter: Any, prompts: list[list[int]], seeds: list[int], options: dict[str, Any]) -> list:
     """Sample one response to each prompt, each with a seed of its own.
 
     Args:
@@ -172,24 +191,16 @@ def generate(
         adapter: The policy's adapter, if it is handed over alone; otherwise None.
         prompts: Token ids.
         seeds: One for each prompt.
-        max_tokens: The longest response, EOS included.
-        temperature: Divides the logits.
-        eos_id: The only token that ends a response.
-        top_k: How many of the likeliest tokens are drawn from; None: all.
-        top_p: Probability of the set of tokens that is drawn from; None: 1.
+        options: As `sampling_options` returns them.
 
     Returns:
         Two lists, one entry for each prompt: token ids (EOS included), and their log-probabilities.
     """
     from vllm import SamplingParams
 
-    # vLLM also stops at every end token of the folder's generation_config.json, unless it ignores
-    # EOS
-    options = {"max_tokens": max_tokens, "temperature": temperature, "stop_token_ids": [eos_id], "ignore_eos": True}
-    options |= {"top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p}  # 0 and 1: all
     params = [SamplingParams(seed=seed, logprobs=0, detokenize=False, **options) for seed in seeds]
-    options = {} if adapter is None else {"lora_request": adapter}
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **options)
+    lora = {} if adapter is None else {"lora_request": adapter}
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **lora)
     completions = [output.outputs[0] for output in outputs]
     responses = [list(completion.token_ids) for completion in completions]
     logprobs = [

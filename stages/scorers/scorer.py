@@ -16,6 +16,7 @@ from data.encode import decode_response
 from data.groups import Rows
 from data.records import as_messages
 from pipeline.errors import TrainingStopped
+from stages.scorers.text_reader import TextReader
 from stages.settings.scorers.common import ScorerSection
 
 
@@ -126,6 +127,8 @@ class ScorerSpec:
     """Prints a line."""
     trust_remote_code: bool = False
     """Whether code that a model brings may run."""
+    text_reader: TextReader | None = None
+    """How the reward model reads texts, where its tokenizer is not the policy's."""
 
 
 class Scorer(Protocol):

@@ -8,12 +8,14 @@ from data import sources
 from data.error_lines import shorten
 from data.progress import Note
 from data.source import Source as ReaderSource
+from pipeline.config.checks import PREFIX_TOKENS
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.fingerprints import source_of
 from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.stage import Source
+from stages.settings.peft import peft_of
 from stages.settings.training import batch_of_each
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def context_of(config: dict[str, Any]) -> int | None:
 
 
 def too_long_for(
-    context: int | None, section: Section, stage: str, *lengths: str, from_scratch: bool = False
+    context: int | None, section: Section, stage: str, *lengths: str, from_scratch: bool = False, ahead: int = 0
 ) -> list[str]:
     """Return a line for each length that is larger than the model's context.
 
@@ -108,18 +110,35 @@ def too_long_for(
         stage: Its name.
         *lengths: Settings to check besides max_length.
         from_scratch: Whether the config itself sets the context.
+        ahead: Tokens of a prefix, whose places a text cannot have.
     """
     if context is None:
         return []
-    lines = []
+    context -= ahead
+    lines, behind = [], f" behind a prefix of {ahead}" if ahead else ""
     for key in ("max_length", *lengths):
         length = getattr(section, key)
         if length > context:
             remedy = f"set {stage}.{key} to {context} or less"
             if from_scratch:
                 remedy += ", or raise model.max_position_embeddings"
-            lines.append(f"{stage}.{key}: {length} tokens is more than the model's context of {context}; {remedy}")
+            lines.append(
+                f"{stage}.{key}: {length} tokens is more than the model's context of {context}{behind}; {remedy}"
+            )
     return lines
+
+
+def prefix_tokens(experiment: "Experiment", stage: str) -> int:
+    """Return how many tokens of a model's context a prefix takes in a stage.
+
+    Args:
+        experiment: The validated experiment.
+        stage: The stage; `base` trains no prefix.
+    """
+    peft = peft_of(experiment, stage)
+    if peft is None or peft.method != "prefix_tuning" or stage == "base":
+        return 0
+    return peft.num_virtual_tokens or PREFIX_TOKENS
 
 
 def over_context(experiment: "Experiment", stage: str, *lengths: str) -> list[str]:
@@ -133,7 +152,8 @@ def over_context(experiment: "Experiment", stage: str, *lengths: str) -> list[st
     if experiment.model.name_or_path is not None:
         return []
     context = experiment.model.max_position_embeddings
-    return too_long_for(context, getattr(experiment, stage), stage, *lengths, from_scratch=True)
+    options = {"from_scratch": True, "ahead": prefix_tokens(experiment, stage)}
+    return too_long_for(context, getattr(experiment, stage), stage, *lengths, **options)
 
 
 def over_folder_context(experiment: "Experiment", stage: str, *lengths: str) -> list[str]:
@@ -145,7 +165,7 @@ def over_folder_context(experiment: "Experiment", stage: str, *lengths: str) -> 
         *lengths: Its settings to check besides max_length.
     """
     context = folder_context(experiment.model.name_or_path)
-    return too_long_for(context, getattr(experiment, stage), stage, *lengths)
+    return too_long_for(context, getattr(experiment, stage), stage, *lengths, ahead=prefix_tokens(experiment, stage))
 
 
 def folder_context(model: str | None) -> int | None:

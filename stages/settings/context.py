@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.chain import wanted_stages
 from stages.settings import evaluate, ppo
-from stages.settings.checks import folder_context, too_long_for
+from stages.settings.checks import folder_context, prefix_tokens, too_long_for
 from stages.settings.experiment import STAGES
+from stages.settings.reward_base import has_own_base, trains_sft, with_own_base
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -22,8 +23,9 @@ def lengths_over_context(experiment: "Experiment", artifacts: str | Path = "arti
         experiment: The validated experiment.
         artifacts: The folder of all experiments, where `base` may have published the model.
     """
+    of_rm = lengths_over_own_base(experiment, artifacts)
     if experiment.model.name_or_path is None:
-        return []
+        return of_rm
     context = folder_context(experiment.model.name_or_path)
     if context is None:
         context = folder_context(str(Path(artifacts) / experiment.name / "base" / "model"))
@@ -37,9 +39,31 @@ def lengths_over_context(experiment: "Experiment", artifacts: str | Path = "arti
     }
     if experiment.data.rankings is not None:
         del lengths["rankings"]  # nothing is sampled
+    if has_own_base(experiment):
+        del lengths["rm"]
     wanted = wanted_stages(experiment, STAGES)
     lines = []
     for stage, names in lengths.items():
         if stage in wanted:
-            lines += too_long_for(context, getattr(experiment, stage), stage, *names)
+            ahead = prefix_tokens(experiment, stage)
+            lines += too_long_for(context, getattr(experiment, stage), stage, *names, ahead=ahead)
+    return lines + of_rm
+
+
+def lengths_over_own_base(experiment: "Experiment", artifacts: str | Path) -> list[str]:
+    """Return a line for each length over the context of the reward model's own base.
+
+    Args:
+        experiment: The validated experiment.
+        artifacts: The folder of all experiments, where `rm_base` may have published the model.
+    """
+    seen, wanted = with_own_base(experiment), wanted_stages(experiment, STAGES)
+    if not has_own_base(experiment) or seen.model.name_or_path is None or "rm" not in wanted:
+        return []
+    context = folder_context(seen.model.name_or_path)
+    if context is None:
+        context = folder_context(str(Path(artifacts) / experiment.name / "rm_base" / "model"))
+    lines = too_long_for(context, seen.rm, "rm", ahead=prefix_tokens(experiment, "rm"))
+    if trains_sft(experiment):
+        lines += too_long_for(context, seen.sft, "rm.base.sft", ahead=prefix_tokens(experiment, "sft"))
     return lines

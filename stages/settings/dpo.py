@@ -8,12 +8,12 @@ from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
-from stages.settings.training import ACCUMULATION, PreferenceTraining
+from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
-LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "sft"]
+LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "davidson", "davidson_luce", "sft"]
 METRICS = {
     "loss": "loss of this step's batch: the sum of its parts, each times its weight",
     **{f"loss/{name}": f"the part {name} before its weight (if there are several)" for name in get_args(LossType)},
@@ -23,6 +23,7 @@ METRICS = {
     "rewards/margins": "mean of the chosen minus the rejected reward",
     "logps/chosen": "mean log-probability of the preferred responses, in nats per response",
     "logps/rejected": "the same for the other responses",
+    **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
@@ -44,7 +45,8 @@ class DPOSettings(PreferenceTraining):
     loss_type: Annotated[list[LossType], BeforeValidator(as_list)] = setting(
         ["sigmoid"],
         "one loss, or several that are added: sigmoid, robust, ipo, hinge on pairs (ipo sums log-ratios over tokens, "
-        "as in Azar 2023; trl averages them), plackett_luce on the whole order, sft on the responses ranked first",
+        "as in Azar 2023; trl averages them), plackett_luce on the whole order, davidson (pairs) and davidson_luce "
+        "(whole order) with ties, which the others leave out, sft on the responses ranked first",
     )
     loss_weights: list[float] | None = setting(None, "weight of each of several losses; null: 1 for each")
     label_smoothing: float = setting(
@@ -76,7 +78,7 @@ def check(experiment: "Experiment") -> list[str]:
         )
     if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):
         lines.append(f"dpo.label_smoothing: has no effect with loss_type {', '.join(names)}; use sigmoid, or 0")
-    return lines
+    return lines + check_ties(settings, "dpo", names, experiment.launch.strategy == "fsdp2")
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:

@@ -5,7 +5,21 @@ from pydantic import Field
 from pipeline.config.section import Section
 from pipeline.config.sections import Common
 from pipeline.stage import Stage
-from stages.settings import base, dpo, evaluate, lm_eval, ppo, rankings, refusals, report, reward_bench, rm, sft, world
+from stages.settings import (
+    base,
+    dpo,
+    evaluate,
+    lm_eval,
+    ppo,
+    rankings,
+    refusals,
+    report,
+    reward_base,
+    reward_bench,
+    rm,
+    sft,
+    world,
+)
 from stages.settings.base import BaseSettings
 from stages.settings.dpo import DPOSettings
 from stages.settings.evaluate import EvaluateSettings
@@ -24,7 +38,12 @@ from stages.settings.world import WorldSettings
 
 # Each stage comes after the stages that it may need.
 STAGES: dict[str, Stage] = {
-    module.STAGE.name: module.STAGE for module in (world, base, sft, rankings, rm, ppo, dpo, evaluate, report)
+    stage.name: stage
+    for stage in (
+        *(module.STAGE for module in (world, base, sft, rankings)),
+        *(reward_base.BASE_STAGE, reward_base.SFT_STAGE),  # only with rm.base
+        *(module.STAGE for module in (rm, ppo, dpo, evaluate, report)),
+    )
 }
 # Stages that run only where the user asks for them (`rlhf evaluate --lm-eval`); report shows them.
 TESTS: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in (lm_eval, reward_bench, refusals)}

@@ -64,6 +64,7 @@ def peft_of(experiment: "Experiment", stage: str) -> PeftSettings | None:
         experiment: The validated experiment.
         stage: As of `model_of`.
     """
+    stage = "sft" if stage == "rm_sft" else stage  # it sees its settings in the section sft
     given, own = experiment.model.peft, getattr(experiment, stage).peft if stage in TRAINING else None
     if own is None or own == "full":
         return given if own is None else None

@@ -9,6 +9,7 @@ from stages.models.ensemble_folder import How, others_of
 from stages.settings.checks import check_data, no_room_for_prompt, over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import has_rankings
+from stages.settings.reward_base import trunk_stages
 from stages.settings.rollout import SET_BY_PPO, RolloutSettings, correction_problems, hand_over_problems, missing_engine
 from stages.settings.rounds import start_problems
 from stages.settings.scorers.common import ScorerSection
@@ -238,10 +239,11 @@ def needs(experiment: "Experiment") -> list[str]:
     """Return the stages that must be done first: sft, and those whose models score."""
     settings = experiment.ppo
     if settings.rewards is not None:
-        return ["sft", *scorer_stages(settings.rewards)]
+        stages = scorer_stages(settings.rewards)
+        return ["sft", *(trunk_stages(experiment) if "rm" in stages else []), *stages]
     if settings.reward_model is not None and not has_rankings(experiment):
         return ["sft"]
-    return ["sft", "rm"]
+    return ["sft", *trunk_stages(experiment), "rm"]
 
 
 def reads(experiment: "Experiment") -> list[str]:

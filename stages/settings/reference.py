@@ -31,7 +31,8 @@ def reference() -> str:
     for name, settings in COMMON.items():
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
     for name, stage in (STAGES | TESTS).items():
-        parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
+        if not stage.section:  # otherwise its settings are those of another section
+            parts.append(section(f"`{name}`", stage.summary, describe(stage.settings, name)))
     for name, settings in PEOPLE.items():
         parts.append(section(f"`{name}`", first_line(settings.__doc__), describe(settings, name)))
     parts.append(f"## Scorers\n\n{SCORERS}")

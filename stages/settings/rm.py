@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
 from stages.settings.policies import simulates_labelers
+from stages.settings.reward_base import RewardBaseSettings, has_own_base, own_names, trunk_stages, with_own_base
 from stages.settings.rounds import start_problems
-from stages.settings.training import ACCUMULATION, PreferenceTraining
+from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -19,6 +22,7 @@ METRICS = {
     "accuracy": "fraction of pairs whose preferred response scores higher, averaged over prompts (evaluations.jsonl: "
     "over all held-out pairs; equal scores count half)",
     "margin": "mean score difference between the preferred and the other response",
+    **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate of the step",
 }
@@ -26,6 +30,13 @@ METRICS = {
 
 class RMSettings(PreferenceTraining):
     """Choose how the reward model learns from rankings of K responses."""
+
+    base: RewardBaseSettings | None = setting(
+        None,
+        "base model of the reward model, where it is another than the policy's (the paper: 6B beside 175B): a folder, "
+        "a Hub id, package:NAME, or a mapping. Its tokenizer may differ: then all that scores reads texts, and PPO's "
+        "value model starts as the policy with a new head. null: the reward model starts from sft's model",
+    )
 
     learning_rate: float = setting(
         1e-5, "peak learning rate (the paper: 9e-6); with adapters about ten times as much", "per step", gt=0
@@ -38,8 +49,10 @@ class RMSettings(PreferenceTraining):
         gt=0,
     )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
-    loss_type: Literal["sigmoid", "plackett_luce"] = setting(
-        "sigmoid", "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order"
+    loss_type: Literal["sigmoid", "plackett_luce", "davidson", "davidson_luce"] = setting(
+        "sigmoid",
+        "sigmoid: all pairs of a ranking (the paper); plackett_luce: the likelihood of the whole order; davidson and "
+        "davidson_luce: the same two with ties, which sigmoid and plackett_luce leave out",
     )
     ranking_weight: Literal["equal", "choices"] = setting(
         "equal",
@@ -73,13 +86,21 @@ class RMSettings(PreferenceTraining):
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
     peft: StagePeft = peft_setting()
 
+    @field_validator("base", mode="before")
+    @classmethod
+    def _a_name_alone(cls, given: Any) -> Any:
+        return {"name_or_path": given} if isinstance(given, str) else given
+
 
 def needs(experiment: "Experiment") -> list[str]:
     """Return the stages that must be done first.
 
     The world knows the tasks of the prompts that its labelers ranked.
     """
-    return ["world", "sft", "rankings"] if simulates_labelers(experiment) else ["sft", "rankings"]
+    stages = ["sft", "rankings", *trunk_stages(experiment)]
+    if has_own_base(experiment):
+        stages.remove("sft")  # only its prompts' samples count, and rankings has those
+    return ["world", *stages] if simulates_labelers(experiment) else stages
 
 
 def reads(experiment: "Experiment") -> list[str]:
@@ -89,13 +110,14 @@ def reads(experiment: "Experiment") -> list[str]:
 
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
-    lines, settings = over_context(experiment, "rm") + stage_problems(experiment, "rm"), experiment.rm
+    lines = [own_names(line) for line in over_context(with_own_base(experiment), "rm")]
+    lines, settings = lines + stage_problems(experiment, "rm"), experiment.rm
     lines += start_problems(experiment, "rm", settings.start_from)
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
-    return lines
+    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.strategy == "fsdp2")
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:
@@ -106,7 +128,7 @@ def folders(experiment: "Experiment") -> dict[str, Path]:
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
     """Return a line for each thing that this machine lacks, and each length over the context."""
-    return missing_package(experiment, "rm") + over_folder_context(experiment, "rm")
+    return missing_package(experiment, "rm") + over_folder_context(with_own_base(experiment), "rm")
 
 
 def run(ctx: "StageRun[RMSettings, Experiment]") -> dict[str, Any]:

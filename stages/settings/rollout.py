@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
+from pipeline.config.checks import IN_PLACE
 from pipeline.config.section import Section, setting
 from stages.settings.peft import peft_of
 
@@ -101,11 +102,21 @@ def correction_problems(settings: RolloutSettings) -> list[str]:
     return []
 
 
+def no_vllm(method: str) -> str:
+    """Return why vLLM cannot sample from a model with an adapter that stays in it."""
+    return (
+        f"vllm runs its own code of the model, which has no place for the adapter of {method}, and it cannot be merged "
+        f"into weights; use transformers"
+    )
+
+
 def hand_over_problems(experiment: "Experiment") -> list[str]:
     """Return a line for each way of handing PPO's weights to vLLM that cannot work."""
     launch, peft, lines = experiment.launch.vllm, peft_of(experiment, "ppo"), []
     if not uses_vllm(experiment, "ppo"):
         return []
+    if peft is not None and peft.method in IN_PLACE:
+        return [f"ppo.rollout.engine: {no_vllm(peft.method)}"]
     if launch.hand_over == "memory" and (launch.devices is not None or launch.tensor_parallel_size > 1):
         lines.append(
             "launch.vllm.hand_over: memory works only on the GPU that the weights are on; use files, or leave out "

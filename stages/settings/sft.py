@@ -49,7 +49,38 @@ class SFTSettings(Training):
     per_device_train_batch_size: int = setting(8, "demonstrations in one forward and backward pass", "rows", ge=1)
     gradient_accumulation_steps: int = setting(4, f"{ACCUMULATION} (the paper: 32 rows per step)", ge=1)
     num_train_epochs: float = setting(
-        2.0, "passes over the demonstrations (the paper: 16, with dropout)", "epochs", gt=0
+        2.0,
+        "passes over the demonstrations (the paper: 16, with dropout: 0.2, the best of them chosen by reward-model "
+        "score; here 2 without dropout, as is usual today)",
+        "epochs",
+        gt=0,
+    )
+    dropout: float | None = setting(
+        None,
+        "probability with which each number that a layer adds to the residual stream is dropped in training (the "
+        "paper: 0.2); null: none. All later stages compute without dropout",
+        gt=0,
+        lt=1,
+    )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        "α of NEFTune (Jain 2023: 5 to 15): in training, uniform noise of at most α / √(tokens × width) is added to "
+        "the embeddings; null: none",
+        gt=0,
+    )
+    label_smoothing: float | None = setting(
+        None,
+        "share of a label's probability that the loss spreads evenly over all token ids; null: none. Held-out figures "
+        "are without it",
+        gt=0,
+        lt=1,
+    )
+    packing: bool | None = setting(
+        None,
+        "lay the rows of a micro-batch end to end in one row without padding (trl's padding_free), where none sees "
+        "another: memory and time follow the tokens, and the loss is the same. Models for which it would not be are "
+        "refused; fast with flash_attention_2, while other kernels compute a mask of the whole row. null: rows of "
+        "similar length are padded",
     )
     router_aux_loss_coef: float | None = setting(
         None,

@@ -1,6 +1,7 @@
 """Define the settings that several stages share; they have trl's names."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.config.section import Section, setting
@@ -12,6 +13,13 @@ SchedulerType = Literal["constant", "linear", "cosine", "cosine_with_min_lr"]
 ACCUMULATION = "micro-batches per optimizer step; the batch of a step is per_device_train_batch_size times this"
 WEIGHT_DECAY = "AdamW's decoupled weight decay, for all trained weights except norms and biases (as in transformers)"
 TOO_LONG_ROW = "what to do with a row longer than max_length; dropped and truncated rows are counted and reported"
+TIE_LOSSES = ("davidson", "davidson_luce")
+"""Losses of rm and dpo that count ties; all others leave them out."""
+TIE_METRICS = {
+    "ties": "share of a prompt's comparisons that are ties (with davidson its pairs, with davidson_luce its choices)",
+    "ties_expected": "the same as the model expects it, from scores and tie_strength",
+    "tie_strength": "ν of a tie of two responses: of those with equal scores, ν/(2 + ν) are tied",
+}
 TOO_LONG_PROMPT = (
     "what to do with a prompt that leaves no room for response_length; truncate drops it too: prompts are never cut"
 )
@@ -74,6 +82,44 @@ class PreferenceTraining(Training):
         "tokens",
         ge=1,
     )
+    tie_strength: float | None = setting(
+        None,
+        "how readily labelers call a tie, for davidson and davidson_luce: of two responses of equal score, the share "
+        "ν/(2 + ν) is tied (davidson_luce: ν for ties of any number of responses); null: learned, one number for "
+        "each number of responses that are tied",
+        gt=0,
+    )
+    tie_learning_rate: float | None = setting(
+        None, "peak learning rate of the logarithm of a learned tie_strength; null: 0.01", "per step", gt=0
+    )
+
+
+def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sharded: bool) -> list[str]:
+    """Return a line for each setting of ties that cannot work.
+
+    Args:
+        section: The settings of the stage.
+        name: The stage: rm or dpo.
+        losses: Names of its losses.
+        sharded: Whether weights are sharded (launch.strategy fsdp2).
+    """
+    named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
+    if not named:
+        for key in ("tie_strength", "tie_learning_rate"):
+            if getattr(section, key) is not None:
+                losses_named = f"{name}.loss_type {', '.join(losses)}"
+                lines.append(f"{name}.{key}: has no effect with {losses_named}; use {' or '.join(TIE_LOSSES)}, or null")
+        return lines
+    if len(named) > 1:
+        lines.append(f"{name}.loss_type: {' and '.join(named)} are two models of the same ties; name one of them")
+    if section.tie_strength is not None and section.tie_learning_rate is not None:
+        lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
+    if sharded and section.tie_strength is None:
+        lines.append(
+            f"{name}.tie_strength: cannot be learned with launch.strategy fsdp2; state it (1.0: a third of equally "
+            f"good pairs is tied)"
+        )
+    return lines
 
 
 def batch_of_each(size: int, accumulated: int, processes: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pipeline.config.sections import is_hub_id
 from pipeline.store.integrity import is_inside
 from stages.settings.changed import changed, defaults_of
 from stages.shared.provenance import Provenance
+from stages.shared.runtime import soft_prompt_settings
 from stages.shared.source_words import parts_of, reading_words, recorded_rows, short_name
 
 ANSWER = """\
@@ -65,6 +66,32 @@ is `{base}`{where}.
 RELATIVE = """: a path from the folder `adapter/`, valid as long as the experiment's folder is moved as a whole.
 peft resolves it from the working folder, so change into `adapter/` and load `"."`, or give the base yourself:
 `PeftModel.from_pretrained({kind}.from_pretrained(BASE{more}), "adapter")`"""
+PREFIX_USE = """\
+
+## Adapter
+
+The base model is in `base/`; what was trained are keys and values before every text (prefix tuning), which cannot be
+merged into it. Inside this folder, peft loads both with
+`PeftModel.from_pretrained({auto}.from_pretrained("base"{more}), ".")` and computes what was trained;
+`generate` of peft 0.21 fails under transformers 5 for every prefix. `stages.models.loading.{loader}(folder)` of
+rlhf-pipeline loads a model that also generates. transformers alone stops here: it has no prefixes.
+"""
+BOTTLENECK_USE = """\
+
+## Adapter
+
+The base model is in `base/`; what was trained are bottleneck adapters ({method}), which cannot be merged into it, and
+which peft does not have. `stages.models.loading.{loader}(folder)` of rlhf-pipeline loads both; transformers and peft
+alone stop here.
+"""
+SOFT_PROMPT = """\
+## Soft prompt
+
+The chat template begins with {count} tokens, `<|soft_prompt_0|>` and so on, whose embeddings were trained; all other
+weights of the language model are the base model's. They are read and never answered: `generate` leaves them out
+(`suppress_tokens` of `generation_config.json`). Other programs have to be told their ids, `soft_prompt_ids` of
+`config.json`, for example in vLLM as a `logit_bias` of -100 each.
+"""
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
@@ -89,6 +116,8 @@ class ModelCard:
     """Whether the class of its scalar head is a file of the folder (`families.is_own_head`)."""
     is_scalar: bool | None = None
     """Whether the model has a scalar head; None: whether its use is SCORE."""
+    in_place: str | None = None
+    """Method of the adapter that stays in the model; None: there is none."""
 
 
 def use_of(text: str, own_head: bool) -> str:
@@ -121,8 +150,11 @@ def card_text(provenance: Provenance, card: ModelCard) -> str:
         f"---\n{metadata}---\n# {experiment} / {stage}\n",
         f"This folder holds {card.what}, made by the stage `{stage}` of the experiment `{experiment}`. "
         f"`manifest.json` beside it records settings, inputs and digests.\n",
-        use_of(card.use, card.own_head).lstrip("\n"),
+        (use_of(card.use, card.own_head) if card.in_place is None else in_place_lines(card.in_place, is_scalar)).lstrip(
+            "\n"
+        ),
         adapter_lines(card.adapter, is_scalar).lstrip("\n"),
+        soft_prompt_lines(provenance),
         origin_lines(provenance, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
@@ -154,6 +186,25 @@ def adapter_lines(adapter: tuple[str, str | None] | None, is_scalar: bool) -> st
     else:
         where = f" at the commit `{revision}`" if revision else ": a path from the folder where `rlhf` ran"
     return ADAPTER.format(auto=f"AutoPeftModelFor{task}", base=base, more=more, where=where)
+
+
+def in_place_lines(method: str, is_scalar: bool) -> str:
+    """Return the lines on how a model is loaded whose adapter stays in it.
+
+    Args:
+        method: The adapter's method.
+        is_scalar: Whether the model has a scalar head.
+    """
+    loader = "load_scalar_model" if is_scalar else "load_policy"
+    auto = "AutoModelForSequenceClassification" if is_scalar else "AutoModelForCausalLM"
+    text = PREFIX_USE if method == "prefix_tuning" else BOTTLENECK_USE
+    return text.format(method=method, loader=loader, auto=auto, more=", num_labels=1" if is_scalar else "")
+
+
+def soft_prompt_lines(provenance: Provenance) -> str:
+    """Return the lines about the tokens of a soft prompt; "" without one."""
+    soft_prompt = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
+    return "" if soft_prompt is None else SOFT_PROMPT.format(count=soft_prompt.count)
 
 
 # -- origin --------------------------------------------------------------------------------------

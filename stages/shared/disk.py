@@ -83,8 +83,8 @@ def _adapter_bytes(model: nn.Module) -> int:
 
 
 def _is_adapters(name: str) -> bool:
-    """Return whether a parameter is peft's: an adapter's, or the original of a copied head."""
-    return ".lora_" in name or ".ia3_" in name or ".original_module." in name
+    """Return whether a parameter is an adapter's, or the original of a head that peft copied."""
+    return any(part in name for part in (".lora_", ".ia3_", ".soft_", ".original_module."))
 
 
 def say_written(

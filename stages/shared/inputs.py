@@ -10,13 +10,23 @@ from typing import Any
 from data import sources
 from data.encode import encode_prompts, encode_responses
 from data.error_lines import shorten
-from data.group_rows import ROWS_AT_ONCE, EncodedRanking, GroupRows, groups_of, read_groups, write_groups
+from data.group_rows import (
+    ROWS_AT_ONCE,
+    EncodedRanking,
+    GroupRows,
+    count_pairs,
+    group_of,
+    groups_of,
+    read_groups,
+    write_groups,
+)
 from data.groups import PromptGroup
 from data.length_limit import LengthLimiter, LengthReport, equal_pairs, fit_lengths
 from data.row_reader import records
 from data.source import Loaded
 from data.source import Source as ReaderSource
 from data.streams import held_out
+from data.ties import judged_ties
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from pipeline.store import integrity
@@ -112,7 +122,7 @@ def published(file: Path) -> ReaderSource:
 
 
 def load_groups(
-    file: Path, tokenizer: Any, limit: LengthLimit, cache: RowCache | None = None
+    file: Path, tokenizer: Any, limit: LengthLimit, cache: RowCache | None = None, with_ties: bool = False
 ) -> tuple[Sequence[PromptGroup], LengthReport]:
     """Load rankings and encode each prompt with all its responses.
 
@@ -126,6 +136,7 @@ def load_groups(
         limit: The limit of prompt and response together.
         cache: Where encoded rankings are kept, for a run that resumes or starts again; None: in
             memory only.
+        with_ties: Whether to return groups that have ties only, too.
 
     Returns:
         The groups with at least one usable pair, and a report on rows that were cut or dropped.
@@ -135,17 +146,17 @@ def load_groups(
     """
     limiter = LengthLimiter(limit.max_length, limit.on_too_long, "ranking", limit.section)
     if cache is None:
-        groups, report = groups_of(encoded_rankings(file, tokenizer, limiter)), limiter.finished()
+        groups, report = groups_of(encoded_rankings(file, tokenizer, limiter), with_ties), limiter.finished()
     else:
-        groups, report = cached_groups(file, tokenizer, limiter, cache)
-    if not groups:
+        groups, report = cached_groups(file, tokenizer, limiter, cache, with_ties)
+    if not count_pairs(groups):
         problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
         raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
 
 
 def cached_groups(
-    file: Path, tokenizer: Any, limiter: LengthLimiter, cache: RowCache
+    file: Path, tokenizer: Any, limiter: LengthLimiter, cache: RowCache, with_ties: bool
 ) -> tuple[GroupRows, LengthReport]:
     """Return the groups of a file of rankings, encoded now or earlier.
 
@@ -154,6 +165,7 @@ def cached_groups(
         tokenizer: The tokenizer with its chat template.
         limiter: The limit of prompt and response together.
         cache: Where encoded rankings are kept.
+        with_ties: Whether to return groups that have ties only, too.
 
     Returns:
         The groups, and the report on rows that were cut or dropped.
@@ -169,7 +181,8 @@ def cached_groups(
 
     made_of = [integrity.sha256_file(file), [limiter.max_length, limiter.on_too_long]]
     report = cache.entry(name, ("arrow", "index"), made_of, write)
-    return read_groups(cache.path(name, "arrow"), cache.path(name, "index")), LengthReport(**report)
+    groups = read_groups(cache.path(name, "arrow"), cache.path(name, "index"), with_ties)
+    return groups, LengthReport(**report)
 
 
 def encoded_rankings(
@@ -196,7 +209,9 @@ def encoded_rankings(
         responses = [list(islice(flat, len(ranking.responses))) for ranking in rankings]
         for i, prompt, group in zip(*limiter.fit(prompts, responses, names), strict=True):
             limiter.report.equal += [names[i]] * equal_pairs(rankings[i], group)
-            yield EncodedRanking(prompt, group, rankings[i])
+            row = EncodedRanking(prompt, group, rankings[i])
+            limiter.report.ties += sum(1 for _ in judged_ties(group_of(row)))
+            yield row
         count += len(batch)
         note(count)
     if loaded.errors:

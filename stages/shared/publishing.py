@@ -1,10 +1,12 @@
 """Publish a trained model: weights in the right dtype, the adapter beside them, a model card."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from pipeline.config.checks import IN_PLACE
 from pipeline.config.sections import is_hub_id
 from stages.shared.cards import ModelCard, card_text
 from stages.shared.provenance import Provenance
@@ -29,17 +31,31 @@ def publish_model(
             `adapter` the base that the adapter names.
         temperature: The temperature that a policy was trained to be sampled at; None: no policy.
     """
-    from stages.models.adapters import save_merged
+    from stages.models.adapter_folder import BASE, method_in
+    from stages.models.adapters import name_of_base, save_merged, unwrapped
 
+    published = artifact_of(provenance, folder)
     save_merged(
         model,
         tokenizer,
         folder,
-        card=card_text(provenance, card),
+        card=card_text(provenance, replace(card, in_place=method_in(unwrapped(model)))),
         base=card.adapter or ("", None),
         temperature=temperature,
         dtype=publish_dtype(provenance, card.source),
+        name_of_weights=name_of_base(published / BASE, published),
     )
+
+
+def artifact_of(provenance: Provenance, folder: Path) -> Path:
+    """Return where a folder that is being written will be moved.
+
+    Args:
+        provenance: What the model was made of.
+        folder: The folder, inside `provenance.publish`.
+    """
+    artifact = next(iter(provenance.inputs.values())).parent / provenance.stage
+    return artifact / folder.relative_to(provenance.publish)
 
 
 def publish_dtype(provenance: Provenance, source: Path) -> str | None:
@@ -69,14 +85,13 @@ def adapter_base(provenance: Provenance, folder: Path, source: Path) -> tuple[st
     Returns:
         A Hub id and its commit, or a path and None; None where no adapter is trained.
     """
-    from stages.models.adapters import name_of_base
+    from stages.models.adapters import FOLDER, name_of_base
 
     peft = provenance.model.peft
-    if peft is None or peft.method == "bitfit":
+    if peft is None or peft.method in ("bitfit", "prompt_tuning", "p_tuning", *IN_PLACE):  # nothing beside the weights
         return None
     base, name = provenance.manifests.get("base"), provenance.model.name_or_path
     is_base = base is not None and source.parent == provenance.inputs["base"]
     if is_base and base["metrics"].get("same_rows_as_given") and name is not None and is_hub_id(name):
         return name, base["config"]["model"].get("revision")
-    artifact = next(iter(provenance.inputs.values())).parent / provenance.stage  # where the folder will be moved
-    return name_of_base(source, artifact / folder.relative_to(provenance.publish))
+    return name_of_base(source, artifact_of(provenance, folder) / FOLDER), None

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from pipeline.config.checks import PREFIX_TOKENS
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
+from stages.settings.reward_base import own_names
 
 if TYPE_CHECKING:  # a session is made with this module, and models load torch
     from stages.models.adapters import AdapterSettings
+    from stages.models.soft_prompts import SoftPrompt
     from stages.training.session import Session
 
 
@@ -107,7 +110,7 @@ def is_sharding(experiment: Any) -> bool:
     return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
 
 
-def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str) -> None:
+def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str, ahead: int = 0) -> None:
     """Check that the stage's rows fit the context of a model.
 
     Prints a line where long rows would change the results of shorter rows beside them.
@@ -117,13 +120,17 @@ def check_context(session: Session, section: BaseModel, folder: Path, *lengths: 
         section: The stage's settings, with max_length.
         folder: The folder of the model.
         lengths: Names of further settings that are lengths of rows.
+        ahead: Tokens of a new prefix before each row; that of a model in `folder` is known.
 
     Raises:
         UserError: A length is more than the model's context.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stage = session.stage
-    if lines := too_long_for(context_of(config), section, stage, *lengths):
+    adapter = folder / "adapter_config.json"
+    if not ahead and adapter.is_file():
+        ahead = json.loads(adapter.read_text(encoding="utf-8")).get("num_virtual_tokens", 0)
+    if lines := too_long_for(context_of(config), section, stage, *lengths, ahead=ahead):
         raise UserError(lines)
     bound, longest = bound_of_short_rows(config), section.max_length  # rows of the other lengths are all equally long
     if bound is not None and longest > bound:
@@ -202,7 +209,7 @@ def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:
             rate = getattr(section, key)
             session.say(
                 f"{key} is the default {rate:g}, which suits the training of every weight; for adapters "
-                f"about ten times as much is usual: {session.stage}.{key}={10 * rate:g}"
+                f"about ten times as much is usual: {own_names(f'{session.stage}.{key}')}={10 * rate:g}"
             )
 
 
@@ -221,11 +228,35 @@ def adapter_settings(model_section: Any) -> AdapterSettings:
         target_modules=peft.target_modules,
         init_r=peft.init_r,
         bits=(peft.bits or 4) if peft.method == "qlora" else None,
+        bottleneck_size=peft.bottleneck_size,
+        bottleneck_activation=peft.bottleneck_activation,
+        bottleneck_scale=peft.bottleneck_scale,
+        num_virtual_tokens=peft.num_virtual_tokens or PREFIX_TOKENS,
+        prefix_projection=bool(peft.prefix_projection),
+        encoder_hidden_size=peft.encoder_hidden_size,
         exclude_modules=peft.exclude_modules,
         layers_to_transform=peft.layers_to_transform,
         modules_to_save=tuple(peft.modules_to_save or ()),
         use_rslora=bool(peft.use_rslora),
         start=peft.init_lora_weights,
+        soft_prompt=soft_prompt_settings(peft),
+    )
+
+
+def soft_prompt_settings(peft: Any) -> SoftPrompt | None:
+    """Return what the section `model.peft` says of a soft prompt; None for other methods."""
+    from stages.models.soft_prompts import COUNT, SOFT_METHODS, SoftPrompt
+
+    if peft.method not in SOFT_METHODS:
+        return None
+    usual = "sample_vocab" if peft.prompt_tuning_init_text is None else "text"
+    return SoftPrompt(
+        method=peft.method,
+        count=peft.num_virtual_tokens or COUNT,
+        init=peft.prompt_tuning_init or usual,
+        init_text=peft.prompt_tuning_init_text,
+        encoder=peft.encoder_reparameterization_type or "mlp",
+        encoder_hidden_size=peft.encoder_hidden_size,
     )
 
 

@@ -12,6 +12,7 @@ from stages.settings.checks import context_of
 if TYPE_CHECKING:
     from stages.evaluation.forms import Query
     from stages.rollouts.engine import SampleRequest
+    from stages.scorers.text_reader import TextReader
     from stages.tools.chat_commands import Settings
     from stages.tools.chat_engines import ChatEngine
 
@@ -47,9 +48,11 @@ class Judge:
     model: Any
     """The reward model, on its device."""
     tokenizer_fingerprint: str
-    """The fingerprint of its tokenizer. A policy with another tokenizer is not scored."""
+    """The fingerprint of its tokenizer."""
     missing_eos_score: float | None
     """The score of an answer that was cut off; None leaves the reward model's own score."""
+    reader: "TextReader"
+    """How it reads the answers of policies with another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +172,10 @@ def load_judge(
     """
     if folder is None and store.manifest("rm") is None:
         return None
-    from stages.models.ensemble import load_reward_model
+    from stages.models.ensemble import load_reward_model, members
     from stages.models.loading import load_tokenizer
     from stages.models.same_tokenizer import tokenizer_fingerprint
+    from stages.scorers.text_reader import TextReader
     from stages.shared.runtime import device_of
 
     evaluate = experiment.evaluate
@@ -185,7 +189,9 @@ def load_judge(
         trust_remote_code=trust_remote_code,
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return Judge(model.to(device_of(experiment)), tokenizer_fingerprint(tokenizer), evaluate.missing_eos_score)
+    reader = TextReader(tokenizer, context_of(members(model)[0].config.to_dict()), "error")
+    model = model.to(device_of(experiment))
+    return Judge(model, tokenizer_fingerprint(tokenizer), evaluate.missing_eos_score, reader)
 
 
 def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: str, judge: Judge | None) -> Answer:
@@ -227,7 +233,7 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
     except EngineLost as lost:
         return Answer("", problem=f"{lost}; start chat again")
     answer = parse_answer(tokenizer, query, sampled)
-    score = score_answer(judge, speaker, chat_ids, answer.response, answer.finished, dtype)
+    score = score_answer(judge, speaker, [*system, *past, question], chat_ids, answer.response, answer.finished, dtype)
     speaker.history += [question, {"role": "assistant", "content": answer.text}]
     return Answer(answer.text, len(answer.sampled), answer.finished, score, forgotten=forgotten)
 
@@ -340,13 +346,20 @@ def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> lis
 
 
 def score_answer(
-    judge: Judge | None, speaker: Speaker, chat_ids: list[int], response: list[int], finished: bool, dtype: str
+    judge: Judge | None,
+    speaker: Speaker,
+    conversation: list[dict],
+    chat_ids: list[int],
+    response: list[int],
+    finished: bool,
+    dtype: str,
 ) -> float | None:
-    """Score an answer; None without a judge, or if the judge has another tokenizer.
+    """Score an answer; None without a judge, or where one with another tokenizer cannot read it.
 
     Args:
-        judge: The reward model, or None.
+        judge: The reward model, or None. One with another tokenizer reads the text.
         speaker: The policy that answered.
+        conversation: The messages up to the question.
         chat_ids: The ids of the conversation through the chat template.
         response: The answer's ids.
         finished: Whether the answer ended by itself.
@@ -354,15 +367,24 @@ def score_answer(
     """
     import torch
 
+    from data.encode import decode_response
     from data.groups import make_rows
     from stages.models.forward import response_scores
     from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.objectives.rewards import final_scores
 
-    if judge is None or judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):
+    if judge is None:
         return None
+    prompts, responses, pad_id = [chat_ids], [response], speaker.tokenizer.pad_token_id
+    if judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):
+        try:
+            text = decode_response(speaker.tokenizer, response)
+            prompts, responses = judge.reader.encode([conversation], [(text, finished)])
+        except UserError:  # too long, or its chat template refuses the conversation
+            return None
+        pad_id = judge.reader.tokenizer.pad_token_id
     device = next(judge.model.parameters()).device
-    rows = make_rows([chat_ids], [response], speaker.tokenizer.pad_token_id).to(device)
+    rows = make_rows(prompts, responses, pad_id).to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         raw = response_scores(judge.model, rows).float().cpu()
     return final_scores(raw, torch.tensor([finished]), judge.missing_eos_score).item()

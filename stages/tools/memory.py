@@ -24,6 +24,7 @@ from stages.rollouts.frozen import CHECKED_AT_A_TIME
 from stages.settings.peft import model_of
 from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
+from stages.settings.reward_base import trains_sft, with_own_base
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
@@ -67,16 +68,20 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
 
-    def take(steps: list[Step], stage: str) -> Sizes:
-        adapter = AdapterSettings() if stage == "base" else adapter_settings(model_of(experiment, stage))
+    def take(steps: list[Step], stage: str, config: Any = config) -> Sizes:
+        adapter = AdapterSettings() if stage.endswith("base") else adapter_settings(model_of(experiment, stage))
         return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
 
-    head = "logits" if config.get_text_config().vocab_size <= SMALL_VOCABULARY else "text"
-    for stage in ("base", "sft") if m.name_or_path is None else ("sft",):
-        c = getattr(experiment, stage)
+    seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
+    second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
+    for stage, of, config_of_stage in text_stages(experiment, config, second):
+        c = getattr(of, stage.removeprefix("rm_"))
+        is_small = config_of_stage.get_text_config().vocab_size <= SMALL_VOCABULARY
+        has_soft_prompt = adapter_settings(model_of(of, stage)).soft_prompt is not None
+        head = "logits" if is_small or has_soft_prompt else "text"
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
-        sizes = take([step], stage)
+        sizes = take([step], stage, config_of_stage)
         trains = sizes.trains["policy"]
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
@@ -84,28 +89,58 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         buckets = trains * (ranks > 1 and parts == 1)  # DDP's buckets of gradients
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
 
-    def passes(steps: list[Step]) -> tuple[dict[str, int], int]:
+    def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
         return take_passes(config, steps, dtype, device, m.attn_implementation, parts)
 
     if experiment.data.rankings is None:
         yield of_rankings(experiment, config, passes, dtype)
     for stage, head, model in (("rm", "scores", "reward_model"), ("dpo", "logprobs", "policy")):
         if stage == "dpo":
-            yield of_ppo(experiment, config, partial(take, stage="ppo"), dtype, device)
+            yield of_ppo(experiment, config, partial(take, stage="ppo"), dtype, device, second, passes)
         c = getattr(experiment, stage)
         times = -(-c.gradient_accumulation_steps // ranks) if c.per_device_train_tokens is None else 2
-        sizes = take([Step(model, head, ranked(c, experiment), times=min(2, times))], stage)
+        steps = [Step(model, head, ranked(c, experiment), times=min(2, times))]
+        sizes = take(steps, stage, second if stage == "rm" else config)
         others = len(reward_models(experiment, has_judge=judge_share(experiment) > 0)) - 1
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
-    yield of_evaluate(experiment, config, passes, dtype)
+    yield of_evaluate(experiment, config, passes, dtype, second)
 
 
-def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str) -> Need:
+def text_stages(experiment: Any, config: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the stages that train on text: (stage, experiment as it sees it, configuration).
+
+    Args:
+        experiment: The validated experiment.
+        config: transformers' configuration of the policy.
+        second: That of the reward model's own base; the same one without.
+    """
+    if experiment.model.name_or_path is None:
+        yield "base", experiment, config
+    yield "sft", experiment, config
+    if second is config:
+        return
+    seen = with_own_base(experiment)
+    if seen.model.name_or_path is None:
+        yield "rm_base", seen, second
+    if trains_sft(experiment):
+        yield "rm_sft", seen, second
+
+
+def of_ppo(
+    experiment: Any,
+    config: Any,
+    take: Callable,
+    dtype: str,
+    device: str,
+    second: Any = None,
+    passes: Callable | None = None,
+) -> Need:
     """Return what the stage ppo needs.
 
     Policy and value model train. The reference is the policy without its adapter, or a model of its
-    own. Weights that do not train exist once.
+    own. Weights that do not train exist once. A reward model of another base with as many token ids
+    is taken to have the policy's tokenizer: then the value model starts as it.
 
     Args:
         experiment: The validated experiment.
@@ -113,7 +148,10 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
         take: Takes a step, as `take_step` with all but its steps given.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
+        second: The configuration of the reward model; None: the same one.
+        passes: Passes micro-batches through frozen models, as `take_passes`; read with `second`.
     """
+    second = config if second is None else second
     c, ranks = experiment.ppo, processes(experiment)
     width = (c.max_length - c.response_length, c.response_length)
     episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
@@ -126,7 +164,12 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
         rows = -(-round(c.ptx_ratio * c.mini_batch_size) // ranks)
         some = min(rows, c.per_device_train_batch_size)
         steps.append(Step("policy", "text", rows=some, width=c.ptx_length, times=1 + (rows > some)))
-    sizes = take(steps)
+    reads_ids = second.get_text_config().vocab_size == config.get_text_config().vocab_size
+    if second is not config and reads_ids and has_value_model(c):
+        of_policy = [step for step in steps if step.model == "policy"]
+        sizes = side_by_side(take(of_policy), take([step for step in steps if step.model != "policy"], config=second))
+    else:
+        sizes = take(steps)
     policy = sizes.trains["policy"]
     # without a value model, a reward model is taken to be as large as the policy
     like = "value_model" if has_value_model(c) else "policy"
@@ -134,12 +177,18 @@ def of_ppo(experiment: Any, config: Any, take: Callable, dtype: str, device: str
     shares = sharers(experiment)
     weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
     weights += scalar * (c.held_out_reward_model is not None)
-    weights += sizes.frozen["policy"] * (not sizes.adapted)  # the reference
+    if not sizes.adapted:  # the reference is a model of its own, which shares what does not train
+        own = sizes.frozen["policy"]
+        weights += own if shares > 1 else min(own, policy)
     for _, _, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
         if not settings.is_own():
             weights += scalar * max(1, len(settings.folders()))
+        elif passes is not None and second is not config:
+            models, _ = passes([Step("reward_model", "scores", of_part["lengths"])], second)
+            # one that reads texts is whole on each process
+            weights += experiment.rm.ensemble * models["reward_model"] * (1 if reads_ids else shares)
         else:
             weights += experiment.rm.ensemble * (value if sizes.shared else scalar)
             trunk = whole - value
@@ -175,7 +224,21 @@ def of_rankings(experiment: Any, config: Any, passes: Callable, dtype: str) -> N
     return Need("rankings", models["policy"] // shares, moments=0, kept=0, step=checks, sampling=sampling)
 
 
-def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str) -> Need:
+def side_by_side(one: Sizes, other: Sizes) -> Sizes:
+    """Return the sizes of two models that share no weights and step one after the other."""
+    return Sizes(
+        weights=one.weights + other.weights,
+        models=one.models | other.models,
+        frozen=one.frozen | other.frozen,
+        trains=one.trains | other.trains,
+        moments=one.moments + other.moments,
+        step=max(one.step, other.step),
+        shared=False,
+        adapted=one.adapted,
+    )
+
+
+def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str, second: Any = None) -> Need:
     """Return what the stage evaluate needs: a policy at a time, the reference and the judges.
 
     Args:
@@ -183,17 +246,23 @@ def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str) -> N
         config: transformers' configuration of the model.
         passes: Passes micro-batches through frozen models, as `take_passes`.
         dtype: "float32" or "bfloat16".
+        second: The configuration of the reward models; None: the same one.
     """
+    second = config if second is None else second
     c, shares = experiment.evaluate, sharers(experiment)
     compared, judged = compared_policies(experiment), needs_reward_model(experiment)
     samples = max(c.samples_per_prompt, c.best_of if "best_of_n" in compared else 1)
     group = (c.max_length - c.response_length, [c.response_length] * c.samples_per_prompt)
     steps = [Step("policy", "logprobs", [group] * max(1, c.batch_size // min(c.samples_per_prompt, 4)))]
-    if judged:
-        steps.append(Step("reward_model", "scores", [(group[0], [c.response_length])] * c.batch_size))
+    scores = Step("reward_model", "scores", [(group[0], [c.response_length])] * c.batch_size)
+    if judged and second is config:
+        steps.append(scores)
     if experiment.data.documents is not None:
         steps.append(Step("policy", "text", rows=c.batch_size, width=c.perplexity_length))
     models, activations = passes(steps)
+    if judged and second is not config:
+        judges, of_judges = passes([scores], second)
+        models, activations = models | judges, max(activations, of_judges)
     is_reference = set(compared) <= {"sft", "best_of_n"} and experiment.sft.ppo_init is None
     weights = models["policy"] * (1 if is_reference else 2)
     if judged:
@@ -259,8 +328,14 @@ def dtype_for(experiment: Any, device: str) -> str:
     return dtype_of(experiment)
 
 
-def model_config(m: Any, trust_remote_code: bool = False) -> Any:
-    """Return transformers' configuration of the model that the section `model` names."""
+def model_config(m: Any, trust_remote_code: bool = False, where: str = "model.name_or_path") -> Any:
+    """Return transformers' configuration of the model that a section names.
+
+    Args:
+        m: The section.
+        trust_remote_code: Whether code that the model brings may run.
+        where: The setting that names the model, for error lines.
+    """
     from transformers import AutoConfig
 
     if m.name_or_path is None:
@@ -273,14 +348,12 @@ def model_config(m: Any, trust_remote_code: bool = False) -> Any:
         path = str(local_folder(m.name_or_path) or m.name_or_path)
         options = {} if m.revision is None else {"revision": m.revision}
     try:
-        config = from_pretrained(
-            AutoConfig, path, where="model.name_or_path", trust_remote_code=trust_remote_code, **options
-        )
+        config = from_pretrained(AutoConfig, path, where=where, trust_remote_code=trust_remote_code, **options)
     except UserError:
         raise
     except (OSError, ValueError) as problem:
-        raise UserError(f"model.name_or_path: {str(problem).splitlines()[0]}") from problem
+        raise UserError(f"{where}: {str(problem).splitlines()[0]}") from problem
     if is_remote(config) and SCALAR not in config.auto_map:
         remedy = "base writes one: run it, then name its artifact's model/ here"
-        raise UserError(f"model.name_or_path: {m.name_or_path} brings no sequence classification; {remedy}")
+        raise UserError(f"{where}: {m.name_or_path} brings no sequence classification; {remedy}")
     return config

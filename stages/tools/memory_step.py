@@ -34,6 +34,7 @@ from stages.models.precision import cast_frozen, castable
 from stages.models.quantized import Quantized
 from stages.models.remote_code import forget_remote_classes, is_remote
 from stages.models.sharding import decoder_layers
+from stages.models.soft_prompts import assume_soft_prompt
 from stages.objectives.logprobs import token_logprobs
 from stages.training.trainee import make_trainee
 
@@ -113,7 +114,7 @@ class Sizes:
     shared: bool
     """Whether models share frozen weights."""
     adapted: bool
-    """Whether a model has an adapter, which can be turned off."""
+    """Whether a model has an adapter, which can be turned off, or only a soft prompt of its own."""
 
 
 def take_step(
@@ -198,7 +199,7 @@ def take_step(
             moments=moments // parts,
             step=step,
             shared=weights < separate,
-            adapted=any(map(is_adapted, models.values())),
+            adapted=adapter.soft_prompt is not None or any(map(is_adapted, models.values())),
         )
 
 
@@ -294,6 +295,7 @@ def make(
             register(model)
         if checkpointing:
             model.activation_checkpointing_enable()
+        assume_soft_prompt(model.config, adapter.soft_prompt)
         model = with_adapter(model, adapter, scalar=scalar)
     return model.train()
 

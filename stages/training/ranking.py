@@ -1,11 +1,12 @@
 """Train and evaluate a reward model on ranked prompt groups: its batches, loss and scores."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from data.group_rows import has_pair
 from data.groups import GroupBatch, Pair, PromptGroup, batch_groups
 from pipeline.launch import parallel
 from stages.evaluation.statistics import rights
@@ -18,6 +19,7 @@ from stages.settings.rm import RMSettings
 from stages.shared.runtime import Runtime
 from stages.training.batching import GroupBatches
 from stages.training.loop import Task
+from stages.training.ties import TieModel
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,33 @@ class RankingModel:
     """Id of the padding."""
     runtime: Runtime
     """How the stage computes."""
+    ties: TieModel | None = None
+    """The loss that counts ties; None where ties are left out."""
 
     def scores(self, groups: Sequence[PromptGroup]) -> tuple[GroupBatch, Tensor]:
         """Return the batch of some groups, and the scores (N,) of its responses."""
         batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(self.runtime.accelerator.device)
         with self.runtime.accelerator.autocast():
             return batch, response_scores(self.model, batch.rows)
+
+    def loss(
+        self, config: RMSettings, groups: Sequence[PromptGroup], batch: GroupBatch, scores: Tensor, prompts: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+
+        Args:
+            config: The stage's settings.
+            groups: The micro-batch.
+            batch: The same as tensors.
+            scores: Score of each response, (N,).
+            prompts: Prompts of the batch.
+
+        Returns:
+            The loss, and figures of ties to sum over the batch; none where ties are left out.
+        """
+        if self.ties is None:
+            return loss_of(config, batch, scores, prompts), {}
+        return self.ties.loss(groups, scores, prompts, by_choices=config.ranking_weight == "choices")
 
     def scorer(self, batch_size: int) -> RewardModelScorer:
         """Return what scores responses by this model, as PPO and evaluate do.
@@ -63,20 +86,26 @@ def ranking_task(
         order: Indices of the groups of all batches.
     """
 
+    paired = has_pair(groups)  # a prompt with ties only has no accuracy
+
     def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        batch, scores = ranker.scores([groups[i] for i in rows])
-        value = loss_of(config, batch, scores, len(whole))
+        members = [groups[i] for i in rows]
+        batch, scores = ranker.scores(members)
+        value, figures = ranker.loss(config, members, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
-        weight = len(rows) / len(whole)
+        weight = sum(paired[i] for i in rows) / max(1, sum(paired[i] for i in whole))
         return value, {
             "loss": value.item(),
             "accuracy": weight * batch.mean((margins > 0).float()),
             "margin": weight * batch.mean(margins),
+            **figures,
         }
 
     def evaluate_held_out(poll: Callable[[], None]) -> dict[str, float]:
-        margins, _, value = evaluate(config, ranker, held, poll)
-        return {"loss": value, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
+        found = evaluate(config, ranker, held, poll)
+        margins = found.margins
+        figures = {"loss": found.loss, "accuracy": float(rights(margins).mean()), "margin": sum(margins) / len(margins)}
+        return figures | found.ties | (ranker.ties.figures() if ranker.ties else {})
 
     batches = batches_of(config, ranker, groups)
     return Task(
@@ -103,7 +132,7 @@ def batches_of(config: RMSettings, ranker: RankingModel, groups: Sequence[Prompt
 
 
 def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> Tensor:
-    """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
+    """Compute the loss of a micro-batch without ties, divided by the prompts of the whole batch.
 
     Args:
         c: The stage's settings.
@@ -122,10 +151,24 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
     return ranking_loss(scores, batch.winners, batch.losers, pair_weights, prompts, margins, c.label_smoothing)
 
 
+@dataclass(frozen=True)
+class HeldOutScores:
+    """What a reward model says of the held-out rankings."""
+
+    margins: list[float]
+    """For each pair, the score of the preferred response minus the other one's."""
+    owners: list[tuple[int, Pair]]
+    """Of each pair its group's index and the pair itself."""
+    loss: float
+    """The mean loss of a prompt."""
+    ties: dict[str, float] = field(default_factory=dict)
+    """`ties` and `ties_expected`, where the loss counts ties."""
+
+
 @torch.no_grad()
 def evaluate(
     config: RMSettings, ranker: RankingModel, held: Sequence[PromptGroup], poll: Callable[[], None] = lambda: None
-) -> tuple[list[float], list[tuple[int, Pair]], float]:
+) -> HeldOutScores:
     """Score all held-out responses, on all ranks together.
 
     Args:
@@ -133,21 +176,19 @@ def evaluate(
         ranker: The model.
         held: The held-out groups.
         poll: Called between two forward passes; may raise Interrupted.
-
-    Returns:
-        For each pair, the score of the preferred response minus the other one's; of each pair, its
-        group's index and the pair itself; the mean loss of a prompt.
     """
     parts, costs = batches_of(config, ranker, held).to_evaluate()
     spare = parts[0] if is_sharded(ranker.model) else None
 
-    def evaluate_part(rows: list[int]) -> tuple[list[float], float]:
+    def evaluate_part(rows: list[int]) -> tuple[list[float], float, dict[str, float]]:
         poll()
-        batch, scores = ranker.scores([held[i] for i in rows])
+        members = [held[i] for i in rows]
+        batch, scores = ranker.scores(members)
         margins = (scores[batch.winners] - scores[batch.losers]).tolist()
-        return margins, loss_of(config, batch, scores, len(held)).item()
+        value, figures = ranker.loss(config, members, batch, scores, len(held))
+        return margins, value.item(), figures
 
-    def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float]]:
+    def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float, dict[str, float]]]:
         results = []
         for rows, is_own in parallel.padded_micro_batches(own, spare):
             result = evaluate_part(rows)
@@ -156,6 +197,13 @@ def evaluate(
         return results
 
     results = parallel.compute_and_all_gather(parts, costs, evaluate_own, idle=spare is not None)
-    margins = [margin for part_margins, _ in results for margin in part_margins]
-    owners = [(i, pair) for rows in parts for i in rows for pair in held[i].pairs()]
-    return margins, owners, sum(value for _, value in results)
+    ties: dict[str, float] = {}
+    for _, _, figures in results:
+        for key, share in figures.items():
+            ties[key] = ties.get(key, 0.0) + share
+    return HeldOutScores(
+        margins=[margin for margins, _, _ in results for margin in margins],
+        owners=[(i, pair) for rows in parts for i in rows for pair in held[i].pairs()],
+        loss=sum(value for _, value, _ in results),
+        ties=ties,
+    )

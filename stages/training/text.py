@@ -20,26 +20,31 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adalora import adamw_for
+from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
+from stages.models.soft_prompts import soft_prompt_ids, trains_soft_prompt, without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
 from stages.training.batching import micro_batches
 from stages.training.checkpoint import check_row_order, check_steps_left
 from stages.training.loop import WHOLE_STAGE, Phase
+from stages.training.residual_dropout import check_residual_dropout, residual_dropout
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
 from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks, perplexity_of, weights_of
+from stages.training.text_packing import check_packing
 from stages.training.text_trainers import (
     no_routers,
     saving_on_rank_zero,
     with_current_settings,
     with_plain_loss,
     with_sharding,
+    with_trained_weights,
 )
 
 SMALL_VOCABULARY = 8192
@@ -96,6 +101,19 @@ class Optimization:
     """AdamW's second β."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts; None: the cross-entropy only."""
+    dropout: float | None = None
+    """Probability of residual dropout; None: no dropout but that of an adapter."""
+    neftune_noise_alpha: float | None = None
+    """Size of the noise on embeddings (NEFTune); None: no noise."""
+    label_smoothing: float | None = None
+    """Share of a label's probability that is spread over all token ids; None: none."""
+    packing: bool = False
+    """Whether the rows of a micro-batch lie end to end in one row, without padding."""
+
+    @property
+    def draws(self) -> bool:
+        """Return whether a step draws random numbers that this module is responsible for."""
+        return self.dropout is not None or self.neftune_noise_alpha is not None
 
 
 def train_language_model(
@@ -140,7 +158,10 @@ def train_language_model(
     model = make_on_rank_zero(make) if runtime.sharded else make()
     rows = dataset_of(task.train_rows, order)
     trainer = make_trainer(model, arguments, tokenizer, rows, runtime.sharded, optimization)
+    with trainer.accelerator.autocast():
+        check_model(trainer.model, optimization)
     hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
+    hooks.draws = optimization.draws
     trainer.add_callback(hooks.callback())
     checkpoint = newest_checkpoint(session, phase, steps)
     # Ours first: `before_training` runs inside trainer.train, and asks what is owed.
@@ -149,7 +170,8 @@ def train_language_model(
             check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
-    if is_adapted(trainer.model) and runtime.dtype == "bfloat16":
+    has_adapter = is_adapted(trainer.model) or stays_in_model(trainer.model)
+    if has_adapter and runtime.dtype == "bfloat16":
         cast_frozen(trainer.model, torch.bfloat16)
     if task.announce is not None and phase.first == 0:
         task.announce(trainer.model)
@@ -161,7 +183,7 @@ def train_language_model(
     ) as progress:
         hooks.progress = progress
         # An exception is the only way out of trainer.train before its first step.
-        with contextlib.suppress(NoStepLeft):
+        with contextlib.suppress(NoStepLeft), residual_dropout(trainer.model, optimization.dropout):
             trainer.train(resume_from_checkpoint=None if written is None else str(written))
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -176,6 +198,29 @@ def train_language_model(
     model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
     unwrapped(model).config.use_cache = False
     return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
+
+
+def check_model(model: nn.Module, optimization: Optimization) -> None:
+    """Check that a model can be trained as the settings ask; ranks without weights check nothing.
+
+    Args:
+        model: The model, with its adapter.
+        optimization: The settings.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return
+    if optimization.dropout is not None:
+        check_residual_dropout(model)
+    if optimization.packing:
+        check_packing(model)
+
+
+def stays_in_model(model: nn.Module) -> bool:
+    """Return whether what trains is an adapter or a soft prompt inside the model itself."""
+    return trains_soft_prompt(model) or method_in(unwrapped(model)) is not None
 
 
 def trainer_arguments(
@@ -220,6 +265,8 @@ def trainer_arguments(
         seed=session.seed % 2**31,
         max_length=None,  # rows are cut before
         packing=False,
+        padding_free=optimization.packing,
+        neftune_noise_alpha=optimization.neftune_noise_alpha,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are token ids already
         ddp_find_unused_parameters=False,
         router_aux_loss_coef=optimization.router_aux_loss_coef or 0.0,  # None would take the model's own setting
@@ -248,14 +295,20 @@ def make_trainer(
 
     if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(unwrapped(model)).__name__))
-    trainer_class = SFTTrainer
+    trainer_class = with_trained_weights(SFTTrainer) if stays_in_model(model) else SFTTrainer
     if sharded:
         trainer_class = with_sharding(trainer_class)
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model):
-        trainer_class = with_plain_loss(trainer_class)
+    smoothing, has_soft_prompt = optimization.label_smoothing or 0.0, bool(soft_prompt_ids(model))
+    if smoothing and has_soft_prompt:  # smoothing gives each token of the vocabulary a share; these have none to get
+        raise UserError(
+            "sft.label_smoothing: the tokens of the model's soft prompt have no probability, so labels cannot be "
+            "smoothed over the vocabulary; leave it out, or use another model.peft.method"
+        )
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or has_soft_prompt or smoothing:
+        trainer_class = with_plain_loss(trainer_class, smoothing)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
         trainer = trainer_class(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
@@ -364,7 +417,7 @@ def held_out_loss(
         batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
-            logits = model(**batch, use_cache=False).logits[:, :-1]
+            logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])
         if is_own:
             # Divided by 1, it is a sum: the mean below then weighs every label alike.
             total += language_model_loss(logits, labels, 1.0).item()

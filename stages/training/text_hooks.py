@@ -61,6 +61,8 @@ class TextHooks:
     """Return rows for samples.jsonl; None: no samples."""
     pending: PendingEvaluation
     """Whether an evaluation is owed."""
+    draws: bool = False
+    """Whether steps draw random numbers for dropout or noise, apart from an adapter's dropout."""
     progress: Any = None
     """The progress line, while the training runs."""
     step_began: float = 0.0
@@ -89,13 +91,13 @@ class TextHooks:
             group["lr"] = self.schedule.rate_at(state.global_step + 1)
 
     def seed_dropout(self, state: Any) -> None:
-        """Give each of several ranks a dropout mask that depends on the step and the rank only.
+        """Let dropout and noise depend on the step and the rank only.
 
-        A resumed run then draws the masks that an uninterrupted one would have drawn.
+        A resumed run then draws what an uninterrupted one would have drawn.
         """
         rank, world_size = parallel.rank_and_world_size()
-        # With one process, transformers' checkpoint restores the generator.
-        if world_size > 1:
+        # Of an adapter's dropout in one process, transformers' checkpoint restores the generator.
+        if world_size > 1 or self.draws:
             step = self.stage_step(state)
             torch.manual_seed(derive_seed(self.session.seed, self.session.stage, "dropout", step, rank))
 

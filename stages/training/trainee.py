@@ -74,6 +74,7 @@ def make_trainee(
     adam_beta2: float = 0.95,
     weight_decay: float = 0.0,
     steps: int | None = None,
+    further: dict[str, nn.Parameter] | None = None,
 ) -> Trainee:
     """Build AdamW, with β = (0.9, `adam_beta2`), over the parameters that require a gradient.
 
@@ -85,8 +86,9 @@ def make_trainee(
         adam_beta2: AdamW's second β.
         weight_decay: Decoupled weight decay, of all parameters but norms and biases.
         steps: Optimizer steps of the training; only AdaLoRA needs it.
+        further: Parameters of the loss, by name; they do not decay.
     """
-    parameters = trainable_parameters(model)
+    parameters = trainable_parameters(model) | (further or {})
     adamw, more = adamw_for(model, steps)
     options = {"lr": learning_rate, "betas": (0.9, adam_beta2), "weight_decay": weight_decay, "fused": True}
     names = parameter_groups(model, parameters, 2 if weight_decay else 1)
@@ -226,7 +228,14 @@ class Average:
             update_average(self.tensors, trainee.tensors(), self.decay)
 
 
-def trainee_of(section: Any, model: nn.Module, steps: int, head_rate: float | None = None) -> Trainee:
+def trainee_of(
+    section: Any,
+    model: nn.Module,
+    steps: int,
+    head_rate: float | None = None,
+    further: dict[str, nn.Parameter] | None = None,
+    further_rate: float = 0.0,
+) -> Trainee:
     """Return the trainee that the settings of rm or dpo ask for.
 
     Args:
@@ -234,6 +243,8 @@ def trainee_of(section: Any, model: nn.Module, steps: int, head_rate: float | No
         model: The model, on its device.
         steps: Optimizer steps of the training.
         head_rate: Peak learning rate of a reward model's head; None: that of all weights.
+        further: Parameters of the loss, by name.
+        further_rate: Their peak learning rate.
     """
     trainee = make_trainee(
         "model",
@@ -243,9 +254,11 @@ def trainee_of(section: Any, model: nn.Module, steps: int, head_rate: float | No
         weight_decay=section.weight_decay,
         adam_beta2=section.adam_beta2,
         steps=steps,
+        further=further,
     )
     if head_rate is not None:
         head = {id(p) for p in score_head(unwrapped(model)).parameters()}
         factor = head_rate / section.learning_rate
         trainee.rate_factors = {name: factor for name, p in trainee.parameters.items() if id(p) in head}
+    trainee.rate_factors |= dict.fromkeys(further or {}, further_rate / section.learning_rate)
     return trainee

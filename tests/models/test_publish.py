@@ -280,12 +280,12 @@ def test_an_adapter_finds_its_base_from_its_own_folder_also_when_all_is_moved(
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.1)
-    name, revision = name_of_base(base, folder)
-    assert (name, revision) == ("../../../base/model", None)
+    name = name_of_base(base, folder / "adapter")
+    assert name == "../../../base/model"
     with monkeypatch.context() as below:
         below.chdir(tmp_path)
-        assert name_of_base(base, folder) == ("made/base/model", None)
-    save_merged(model, tokenizer, folder, card="", base=(name, revision))
+        assert name_of_base(base, folder / "adapter") == "made/base/model"
+    save_merged(model, tokenizer, folder, card="", base=(name, None))
     shutil.move(tmp_path / "made", tmp_path / "moved")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():

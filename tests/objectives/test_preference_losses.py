@@ -12,6 +12,7 @@ from stages.dpo import pair_figures
 from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss, ranking_loss
 from stages.objectives.pair_losses import PAIR_LOSSES
 from stages.settings.dpo import LossType
+from stages.settings.training import TIE_LOSSES
 
 # Mixed K (2, 4, 9, 5), a tie, an unjudged response, a prompt without any usable pair.
 RANKS = [(1, 2), (2, 1, 2, 4), tuple(range(9, 0, -1)), (1, None, 3, 2, None), (1, 1, 1)]
@@ -295,8 +296,8 @@ class TestDPO:
             dpo_of(numbers(2), numbers(3), "exo", 0.0)
 
     def test_the_setting_names_every_loss_of_the_table(self):
-        """All of dpo.loss_type are pair losses, except two that read whole rankings."""
-        assert {*get_args(LossType)} - {"plackett_luce", "sft"} == set(PAIR_LOSSES)
+        """All others of dpo.loss_type read whole rankings or ties."""
+        assert {*get_args(LossType)} - {"plackett_luce", "sft", *TIE_LOSSES} == set(PAIR_LOSSES)
         assert {name for name, _ in DPO} == set(PAIR_LOSSES)
 
 

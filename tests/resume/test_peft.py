@@ -21,6 +21,7 @@ BEFORE = {
     "dpo": "sft/model",
 }  # the model that each begins with
 ANY_LINEAR = r"_proj\.weight$"
+EMBEDDING = r"embed_tokens\.weight$"
 CHANGES = {
     "lora": ANY_LINEAR,
     "dora": ANY_LINEAR,
@@ -29,12 +30,19 @@ CHANGES = {
     "bitfit": r"\.bias$",
     "qlora, bits: 4": ANY_LINEAR,
     "qlora, bits: 8": ANY_LINEAR,
+    "prompt_tuning, num_virtual_tokens: 4, prompt_tuning_init_text: What is the fox": EMBEDDING,
+    "p_tuning, num_virtual_tokens: 4, encoder_reparameterization_type: lstm": EMBEDDING,
     "lora, use_rslora: true, target_modules: '.*[qv]_proj'": r"[qv]_proj\.weight$",
     "lora, init_lora_weights: pissa": ANY_LINEAR,
     "lora, init_lora_weights: olora, exclude_modules: [k_proj]": r"(?<!k)_proj\.weight$",
     "lora, modules_to_save: [norm, embed_tokens]": r"_proj\.weight$|model\.norm\.weight$|embed_tokens\.weight$",
 }
 RANK = 4
+IN_PLACE = {
+    "houlsby, bottleneck_size: 4": r"\.(self_attn|mlp)\.bottleneck\.(down|up)\.(weight|bias)$",
+    "parallel_adapter, bottleneck_size: 4": r"\.mlp\.bottleneck\.(down|up)\.(weight|bias)$",
+    "prefix_tuning, num_virtual_tokens: 6": r"^(prompt_embeddings|base_model\.score\.weight)$",
+}  # methods whose adapters cannot be merged, and the tensors of their files
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +134,12 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
         assert changed - {"score.weight"}, "nothing was trained"
         odd = [n for n in changed - {"score.weight"} if not re.search(CHANGES[method], n)]
         assert not odd, f"{stage} changed {odd}"
-        assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit")
+        is_soft = CHANGES[method] == EMBEDDING
+        assert (chain / "micro" / stage / "model" / "adapter").is_dir() == (method != "bitfit" and not is_soft)
+        if is_soft:
+            ids = json.loads((chain / "micro" / stage / "model" / "config.json").read_text())["soft_prompt_ids"]
+            rows = [(before[n] != after[n]).any(-1).nonzero().flatten().tolist() for n in changed if "embed" in n]
+            assert len(ids) == 4 and rows == [ids]
         if method.startswith("lora") or bits_of(method):
             linear = [n for n in changed if re.search(ANY_LINEAR, n)]
             rank = 2 * RANK if "init_" in method else RANK
@@ -134,12 +147,47 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
             assert all(small < 3e-7 for _, small in found), "more than an adapter was added to the base"
             assert max(large for large, _ in found) > 1e-5, "nothing was trained"
     for stage in BEFORE:
-        root = copy_without(chain, tmp_path / stage, stage)
-        again = ("run", stage, *run, str(root), "--only")
-        assert rlhf(*again, die=(stage, 5)) == -9
-        assert rlhf(*again) == 0
-        assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
-        assert published(root / "micro" / stage) == published(chain / "micro" / stage)
+        assert_resumes(chain, stage, run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", IN_PLACE)
+def test_a_method_whose_adapter_stays_in_the_model_in_every_stage(method, tmp_path):
+    """The base model in base/ stays that of `base`; each stage trains its source's adapter on."""
+    chain = tmp_path / "whole"
+    options = [f"model.peft={{method: {method}}}", "sft.keep=last", "rm.keep=last", "ppo.keep=last", "dpo.keep=last"]
+    run = ("-c", str(CONFIG), *options, "--artifacts")
+    assert rlhf("run", "evaluate", *run, str(chain)) == 0
+    base = load_file(chain / "micro" / "base" / "model" / "model.safetensors")
+    for stage, source in BEFORE.items():
+        folder = chain / "micro" / stage / "model"
+        weights = load_file(folder / "base" / "model.safetensors")
+        assert all(torch.equal(weights[name], base[name]) for name in weights if name != "score.weight")
+        adapter = load_file(folder / "adapter_model.safetensors")
+        assert adapter and all(re.search(IN_PLACE[method], name) for name in adapter)
+        if stage != "sft":
+            before = load_file(chain / "micro" / source / "adapter_model.safetensors")
+            assert {name for name in adapter if name in before and not torch.equal(adapter[name], before[name])}
+        assert_resumes(chain, stage, run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pfeiffer", "prefix_tuning, prefix_projection: true, num_virtual_tokens: 6"])
+def test_sft_of_an_adapter_that_stays_in_the_model_resumes(method, tmp_path):
+    chain = tmp_path / "whole"
+    run = ("-c", str(CONFIG), f"model.peft={{method: {method}}}", "sft.learning_rate=1e-2", "--artifacts")
+    assert rlhf("run", "sft", *run, str(chain)) == 0
+    assert_resumes(chain, "sft", run, tmp_path)
+
+
+def assert_resumes(chain, stage, run, tmp_path):
+    """Check that a stage that is killed ends in the same bytes."""
+    root = copy_without(chain, tmp_path / stage, stage)
+    again = ("run", stage, *run, str(root), "--only")
+    assert rlhf(*again, die=(stage, 5)) == -9
+    assert rlhf(*again) == 0
+    assert json.loads((root / "micro" / stage / "manifest.json").read_text())["resumes"] == 1
+    assert published(root / "micro" / stage) == published(chain / "micro" / stage)
 
 
 @pytest.mark.slow

@@ -66,6 +66,47 @@ def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
+OWN_BASE = [
+    "rm.base={vocab_size: 320, hidden_size: 24, num_attention_heads: 3, max_position_embeddings: 160, "
+    "sft: {max_length: 160}}",
+    "rm.max_length=160",
+]
+
+
+@pytest.fixture(scope="module")
+def own_base(oracle, tmp_path_factory):
+    """Return the chain up to ppo with a reward model of another size and another tokenizer."""
+    root = copy_without(oracle, tmp_path_factory.mktemp("own_base"), "rm")
+    assert rlhf("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), *OWN_BASE) == 0
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm_base", "rm_sft", "rm", "ppo"])
+def test_with_a_base_of_the_reward_models_own_it_resumes_to_the_same_bytes(stage, own_base, tmp_path):
+    root = copy_without(own_base, tmp_path, stage)
+    run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *OWN_BASE)
+    assert rlhf(*run, die=(stage, 5)) == -9
+    assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
+    assert rlhf(*run) == 0
+    assert published(root / "micro" / stage) == published(own_base / "micro" / stage)
+
+
+@pytest.mark.slow
+def test_dropout_and_noise_resume_to_the_same_bytes(oracle, tmp_path):
+    """Each step draws by its number, also in the training of ppo_init."""
+    drawn = ["sft.dropout=0.2", "sft.neftune_noise_alpha=5.0", "sft.label_smoothing=0.1", "sft.packing=true"]
+    outcomes = []
+    for die in (None, ("sft", 5), ("sft", 11)):
+        root = copy_without(oracle, tmp_path / str(die), "sft")
+        run = ("run", "sft", "-c", str(CONFIG), "--artifacts", str(root), "--only", *drawn)
+        if die is not None:
+            assert rlhf(*run, die=die) == -9
+        assert rlhf(*run) == 0
+        outcomes.append(published(root / "micro" / "sft"))
+    assert outcomes[0] == outcomes[1] == outcomes[2] != published(oracle / "micro" / "sft")
+
+
 @pytest.mark.parametrize("stage", ["sft", *map(slow, ("base", "rm", "dpo"))])
 def test_changed_settings_apply_from_the_checkpoint_on(stage, oracle, tmp_path):
     """Also in the second training of sft and rm, which counts its own steps.
@@ -303,3 +344,26 @@ def test_prompts_of_the_world_with_other_demonstrations(oracle, tmp_path):
     assert results["policies"]["sft"]["gold_held_out_tasks"] is None
     trust = json.loads((root / "micro/rm/manifest.json").read_text())["metrics"]
     assert trust["n_pairs"] > trust["n_clusters"] > 1
+
+
+@pytest.mark.parametrize(
+    "stage, step, loss", [("rm", 5, "davidson_luce"), ("rm", 11, "davidson"), ("dpo", 5, "[davidson, sft]")]
+)
+def test_learned_tie_strengths_are_resumed(stage, step, loss, oracle, tmp_path):
+    """They are in the checkpoint with their optimizer, and not in the published weights."""
+    own = ["rm.label_smoothing=0"] if stage == "rm" else []
+    options = [f"{stage}.loss_type={loss}", f"{stage}.keep=best", f"{stage}.weight_decay=0.1", *own]
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("whole", "killed")]
+    for root in roots:
+        run = ("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
+        if root is roots[1]:
+            assert rlhf(*run, die=(stage, step)) == -9
+        assert rlhf(*run) == 0
+    assert published(roots[0] / "micro" / stage) == published(roots[1] / "micro" / stage)
+    folder = roots[1] / "micro" / stage
+    assert all("ties" not in name for name in load_file(folder / "model" / "model.safetensors"))
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
+    strengths = [row["tie_strength"] for row in evaluations]
+    assert len(set(strengths)) > 2, "nothing was learned"
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    assert metrics["tie_strength"] == pytest.approx(metrics["tie_strengths"][0])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 FSDP = "launch.strategy=fsdp2"
 LORA, BFLOAT16 = "model.peft={method: lora, r: 2}", "model.dtype=bfloat16"
+HOULSBY = "model.peft={method: houlsby, bottleneck_size: 4}"
 
 
 def command(stage, root, *settings):
@@ -86,7 +87,9 @@ def test_a_signal_ends_sampling_at_once_and_it_resumes(stage, oracle, undisturbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(LORA,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)])
+@pytest.mark.parametrize(
+    "settings", [(LORA,), (HOULSBY,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)]
+)
 def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
     """Compared with two ddp processes: with one, bfloat16 would round other rows together.
 

@@ -16,8 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.groups import make_rows
 from pipeline.errors import Interrupted, UserError
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
+from stages.models.forward import response_logprobs
+from stages.models.soft_prompts import SoftPrompt
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.handover import batches
 from stages.rollouts.vllm import Vllm, VllmOptions, write_model
@@ -241,6 +244,23 @@ def test_a_head_that_is_the_embedding_follows_too(python, tmp_path, method):
             p.data += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         engine.update_weights(policy)
         assert_of(policy, sample(engine), within=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_soft_prompt_is_handed_over_and_never_drawn(python, tmp_path, tied):
+    ids = [17, 18, 19]
+    folder = saved(tmp_path / "model", tie_word_embeddings=tied, soft_prompt_ids=ids)
+    soft = SoftPrompt("p_tuning", len(ids))
+    policy = with_adapter(loaded(folder), AdapterSettings(method="p_tuning", soft_prompt=soft))
+    prompts = [ids + prompt for prompt in PROMPTS] * 8
+    with contextlib.closing(made(folder, tmp_path / "line", python, policy=policy)) as engine:
+        for _ in range(2):
+            sampled = sample(engine, prompts=prompts, seeds=range(len(prompts)), temperature=1.0)
+            assert not {token for response in sampled.responses for token in response} & {*ids}
+            rows = make_rows(prompts, sampled.responses, 0)
+            torch.testing.assert_close(sampled.logprobs, response_logprobs(policy, rows).detach(), atol=1e-4, rtol=0)
+            change(policy)
+            engine.update_weights(policy)
 
 
 def test_what_the_user_overrides_stays_where_the_head_is_untied(python, tmp_path):

@@ -150,10 +150,11 @@ class MicroChain:
         console.print = lambda line="", **_: said.append(str(line))
         folders = {need: self.root / need for need in needs} | (inputs or {})
         set_seeds(experiment.seed, stage)
+        seen = module.view(experiment)
         context = StageRun(
             stage=stage,
-            experiment=experiment,
-            config=getattr(experiment, stage),
+            experiment=seen,
+            config=getattr(seen, module.section or stage),
             seed=experiment.seed,
             inputs=folders,
             manifests={need: {"digest": need, "metrics": {}} for need in needs} | (manifests or {}),

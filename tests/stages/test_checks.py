@@ -124,6 +124,9 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
     assert line == f"{stage}.response_length: {what}; lower {stage}.response_length or raise {stage}.max_length"
 
 
+PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024")
+
+
 @pytest.mark.parametrize(
     "overrides, start",
     [
@@ -143,13 +146,61 @@ def test_a_response_has_to_leave_room_for_a_prompt(tmp_path, stage):
             "model.peft.init_r: 8 is lower than r 16, the rank that ",
         ),
         (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards each weight by "),
-        (("model.peft.method=p_tuning",), "model.peft.method: p_tuning learns vectors that are put before a prompt; "),
+        (
+            ("model.peft.bottleneck_size=8",),
+            "model.peft.bottleneck_size: 8 has no effect with method lora; use houlsby or pfeiffer or parallel_ad",
+        ),
+        (
+            ("model.peft.method=houlsby", "model.peft.num_virtual_tokens=8"),
+            "model.peft.num_virtual_tokens: 8 has no effect with method houlsby; use prompt_tuning or p_",
+        ),
+        (
+            (*PREFIX, "model.peft.encoder_hidden_size=8"),
+            "model.peft.encoder_hidden_size: 8 has no effect without the MLP; set prefix_projection: true",
+        ),
+        (
+            (*PREFIX, "model.attn_implementation=eager"),
+            "model.attn_implementation: eager cannot read the keys and values of a prefix",
+        ),
+        ((*PREFIX, "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards layer by layer"),
+        (
+            ("model.peft.method=houlsby", "ppo.rollout.engine=vllm"),
+            "ppo.rollout.engine: vllm runs its own code of the model, which has no place for the adapter of houlsby",
+        ),
+        (
+            ("model.peft.num_virtual_tokens=8",),
+            "model.peft.num_virtual_tokens: 8 has no effect with method lora; use prompt_tuning or p_tuning or prefix",
+        ),
+        (
+            ("model.peft.method=prompt_tuning", "model.peft.encoder_hidden_size=8"),
+            "model.peft.encoder_hidden_size: 8 has no effect with method prompt_tuning; use p_tuning or prefix_",
+        ),
+        (
+            ("model.peft.method=p_tuning", "model.peft.prompt_tuning_init=text"),
+            "model.peft.prompt_tuning_init: text needs one; give it as prompt_tuning_init_text",
+        ),
+        (
+            (
+                "model.peft.method=p_tuning",
+                "model.peft.prompt_tuning_init=random",
+                "model.peft.prompt_tuning_init_text=Answer",
+            ),
+            "model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init random; use text",
+        ),
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
     ],
 )
 def test_settings_that_exclude_each_other(tmp_path, overrides, start):
     (line,) = problems(tmp_path, *overrides)
     assert line.startswith(start)
+
+
+def test_a_prefix_takes_of_the_context(tmp_path):
+    """Not of that of the stage base, which trains none."""
+    settings = (*PREFIX, "model.peft.num_virtual_tokens=10")
+    assert problems(tmp_path, *settings, "base.max_length=1024", "sft.max_length=1014") == []
+    (line,) = problems(tmp_path, *settings, "rm.max_length=1015")
+    assert line.startswith("rm.max_length: 1015 tokens is more than the model's context of 1014 behind a prefix of 10")
 
 
 @pytest.mark.parametrize(

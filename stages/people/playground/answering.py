@@ -185,9 +185,10 @@ def make_answerer(speaker: Speaker, judge: Judge | None, judging: threading.Lock
         sampled = sample(speaker, request, dtype, poll, watch)
         reply = parse(speaker, query, sampled, options.stop)
         score = None
-        if question.scored and judge is not None and fits(judge, chat_ids, reply.response):
+        if question.scored and judge is not None and fits(judge, speaker, chat_ids, reply.response):
+            asked = conversation_of(question, forgotten)
             with judging:
-                score = score_answer(judge, speaker, chat_ids, reply.response, reply.finished, dtype)
+                score = score_answer(judge, speaker, asked, chat_ids, reply.response, reply.finished, dtype)
         if piece := stream.finish(reply.text):
             emit(Piece(piece))
         return Reply(reply.text, reply.finished, len(reply.sampled), len(query.ids), score, forgotten)
@@ -267,7 +268,26 @@ def parse(speaker: Speaker, query: "Query", sampled: list[int], stops: Sequence[
     return answer if cut is None else replace(answer, text=cut.strip(), finished=True)
 
 
-def fits(judge: Judge, chat_ids: list[int], response: list[int]) -> bool:
-    """Return whether a conversation with its answer fits the reward model's context."""
+def conversation_of(question: Question, forgotten: int) -> list[dict]:
+    """Return the messages of a question that its policy read.
+
+    Args:
+        question: The question.
+        forgotten: How many of the oldest questions, with their answers, were left out.
+    """
+    system = [message for message in question.messages if message["role"] == "system"]
+    turns = [message for message in question.messages if message["role"] != "system"]
+    return [*system, *turns[2 * forgotten :]]
+
+
+def fits(judge: Judge, speaker: Speaker, chat_ids: list[int], response: list[int]) -> bool:
+    """Return whether a conversation with its answer fits the reward model's context.
+
+    Of a reward model with another tokenizer that is known only once it has read the text.
+    """
+    from stages.models.same_tokenizer import tokenizer_fingerprint
+
+    if judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):
+        return True
     context = context_of(judge.model.config.to_dict())
     return context is None or len(chat_ids) + len(response) <= context

@@ -46,6 +46,8 @@ class Options:
     """A file of rankings to take in; nothing is served."""
     tiers: tuple[str, ...] = ()
     """The buckets of an export of Label Studio, the best first."""
+    simulate: int | None = None
+    """How many simulated labelers of the embedded world rank, until there is nothing left."""
     trust_remote_code: bool = False
     """Whether code that a model brings may run."""
 
@@ -67,7 +69,7 @@ def run(
 
     Raises:
         UserError: Something has to be corrected first.
-        Interrupted: A signal came while tasks were made.
+        Interrupted: A signal came while tasks were made, or while simulated labelers ranked.
     """
     if options.snapshot:
         path = snapshots.require(store.base, experiment.name)
@@ -77,6 +79,10 @@ def run(
         return move_labels(experiment, store, options, say)
     if lines := problems(experiment):
         raise UserError(lines)
+    if options.simulate is not None:
+        from stages.people.rounds import simulated_page
+
+        simulated_page.require_world(store, options.simulate)
     rules = rules_of(experiment.rank, experiment.seed)
     people = people_folder(store.base)
     people.mkdir(parents=True, exist_ok=True)
@@ -223,7 +229,7 @@ def serve(
     options: Options,
     say: Callable[[str], None],
 ) -> int:
-    """Serve the page until a signal, and return the exit code."""
+    """Serve the page until a signal, or until simulated labelers are done; return the exit code."""
     from stages.people.rank.app import has_lead_page, make_app
     from stages.people.rank.state import RankState
     from stages.people.web import lock, serving
@@ -246,6 +252,13 @@ def serve(
             say(f"the lead's page  {address}/lead?token={tokens.lead}")
         if (line := serving.exposed_line(section.host, "rank")) is not None:
             say(line)
-        say("Ctrl-C stops it; nothing that a page showed as saved is lost, and the addresses stay the same")
+        if options.simulate is None:
+            say("Ctrl-C stops it; nothing that a page showed as saved is lost, and the addresses stay the same")
 
+    if options.simulate is not None:
+        from stages.people.rounds import simulated_page
+
+        here = serving.address_of(listener, simulated_page.HERE.get(section.host, section.host))
+        page = simulated_page.Page(app, listener, f"{here}/?token={tokens.page}", tell)
+        return simulated_page.serve(experiment, store, database, rules, page, options.simulate, say)
     return serving.serve(app, listener, tell)

@@ -54,14 +54,19 @@ def load_tokens(path: Path, renew: bool = False) -> Tokens:
 
 def save_tokens(path: Path, tokens: Tokens) -> Tokens:
     """Write the tokens into a file that only its owner may read, and return them."""
+    write_private(path, asdict(tokens))
+    return tokens
+
+
+def write_private(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that only its owner may read, in place of an earlier one."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.unlink(missing_ok=True)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(asdict(tokens), file)
+        json.dump(content, file)
     temporary.replace(path)
-    return tokens
 
 
 def bind(host: str, port: int, key: str, last: int = 0) -> socket.socket:
@@ -117,7 +122,11 @@ def exposed_line(host: str, key: str) -> str | None:
 
 
 def serve(
-    app: Any, listener: socket.socket, on_start: Callable[[], None], on_stop: Callable[[], None] = lambda: None
+    app: Any,
+    listener: socket.socket,
+    on_start: Callable[[], None],
+    on_stop: Callable[[], None] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> int:
     """Serve an app until SIGINT or SIGTERM, and return the exit code 0.
 
@@ -128,6 +137,7 @@ def serve(
         listener: The bound socket.
         on_start: Is called when connections are taken.
         on_stop: Is called after the signal, before requests in progress are waited for.
+        is_over: Returns whether to end without a signal; asked ten times a second.
     """
     import uvicorn
 
@@ -145,13 +155,17 @@ def serve(
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
-    shut_down = server.shutdown
+    shut_down, tick = server.shutdown, server.on_tick
 
     async def stop_first(sockets: list[socket.socket] | None = None) -> None:
         on_stop()
         await shut_down(sockets)
 
+    async def tick_or_end(counter: int) -> bool:
+        return is_over() or await tick(counter)
+
     server.shutdown = stop_first  # type: ignore[method-assign]
+    server.on_tick = tick_or_end  # type: ignore[method-assign]
 
     # uvicorn ends on these signals by itself, and at its end raises them once more for whoever
     # handled them before. That is this function: it has nothing more to do then, and before

@@ -36,6 +36,7 @@ class SamplingParams:
     ignore_eos: bool = False
     top_k: int = 0
     top_p: float = 1.0
+    logit_bias: dict[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class LLM:
         stops = [*p.stop_token_ids, *([] if p.ignore_eos else self.ends)]  # as vLLM, whatever generation_config it has
         while len(ids) < p.max_tokens and (not ids or ids[-1] not in stops):
             logits = (self.adapted or self.model)(torch.tensor([prompt + ids])).logits[0, -1].float()
+            for token, bias in (p.logit_bias or {}).items():
+                logits[token] += bias
             logits = logits / (p.temperature or 1e-6)  # 0: the likeliest token
             logits = logits * (1 + self.drift)
             if p.top_k > 0:

@@ -209,3 +209,12 @@ def test_an_adapters_base_is_named(base, words):
     text = card(provenance(), "a policy", ANSWER, adapter=base)
     assert all(word in text for word in words)
     assert ("AutoPeftModelForCausalLM" in text) == bool(base[0])
+
+
+@pytest.mark.parametrize(
+    "method, words", [("prefix_tuning", "PeftModel.from_pretrained"), ("houlsby", "peft does not")]
+)
+@pytest.mark.parametrize("use, loader", [(ANSWER, "load_policy"), (SCORE, "load_scalar_model")])
+def test_a_model_with_an_adapter_in_it_is_not_said_to_load_as_others_do(method, words, use, loader):
+    text = card(provenance(), "a model", use, in_place=method)
+    assert words in text and f"`stages.models.loading.{loader}(folder)`" in text and "```python" not in text

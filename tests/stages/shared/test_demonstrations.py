@@ -122,6 +122,9 @@ def test_a_trainer_gets_the_rows_from_the_file(start):
     assert lengths_of(data.train) == lengths_of(plain) and taken.column_names == ["input_ids", "labels"]
     mixed = data.train.with_texts([[7, 8, 9]])
     assert list(mixed) == [*plain, {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}]
+    after = data.train.with_texts([[7, 8, 9]], read_before=[4, 5])
+    assert after[-1] == {"input_ids": [4, 5, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}
+    assert after.labels() == mixed.labels() == data.train.labels() + 3
     assert lengths_of(mixed)[-1] == 3 and list(dataset_of(mixed, [len(plain), 1])) == [mixed[-1], plain[1]]
 
 

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from data.groups import make_rows
 from pipeline.api import load_experiment
-from stages.models.adapters import AdapterSettings, with_adapter
+from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
+from stages.models.soft_prompts import SoftPrompt
 from stages.settings import ppo as ppo_settings
 from stages.tools import memory, memory_step
 from stages.tools.memory_step import Step, take_passes, take_step
@@ -155,6 +156,23 @@ def test_quantized_weights_have_the_size_of_their_storage(bits, a_weight):
     assert held - tables == pytest.approx(sum(a * b for a, b in shapes) * a_weight / 8, rel=0.002) and len(shapes) == 21
     whole = take_step(CONFIG, [Step("reward_model", "scores", LENGTHS)], LORA, "float32", "cpu")
     assert foretold.frozen == whole.frozen and foretold.trains == whole.trains
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_a_step_of_a_soft_prompt(method):
+    """The base is frozen and exists once; an encoder has its own weights and moments."""
+    soft = SoftPrompt(method, 7, encoder_hidden_size=16)
+    adapter = AdapterSettings(method=method, soft_prompt=soft)
+    steps = [Step("policy", "logprobs", LENGTHS), Step("value_model", "scores", LENGTHS)]
+    foretold = take_step(CONFIG, steps, adapter, "float32", "cpu")
+    model = LlamaForCausalLM(CONFIG)
+    whole = sum(p.nbytes for p in model.parameters())
+    model.config.soft_prompt_ids = list(range(293, 300))
+    trains = sum(p.nbytes for p in trainable_parameters(with_adapter(prepare(model), adapter)).values())
+    assert foretold.adapted and foretold.shared and foretold.trains["policy"] == trains
+    assert foretold.weights == pytest.approx(whole + 2 * trains, rel=0.01)
+    assert foretold.moments == pytest.approx(4 * trains, rel=0.2)
+    assert sum(foretold.trains.values()) < 0.2 * whole
 
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
