@@ -192,7 +192,7 @@ def test_an_answer_of_another_shape_is_refused_whatever_on_error_says(make, toke
 @BOTH
 def test_a_generator_that_raises_is_a_failure_of_the_function(make, tokenizer, where):
     text = "def score(responses, answer):\n    for right in answer:\n        yield 1 / (right != 'blue')\n"
-    with pytest.raises(UserError, match="prompts.jsonl:7: .* raised ZeroDivisionError: .* at line 3 of reward.py"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl:7: .* raised ZeroDivisionError: .* at line 3 of reward.py"):
         make(text, **where).score(request_of(tokenizer))
 
 
