@@ -154,7 +154,7 @@ def outcome_of(answer: Any) -> Outcome:
 
 
 def number_of(value: Any) -> float | None:
-    """Return a value as a float, those of numpy and torch too; None if float32 has no such number."""
+    """Return a value as a float, those of numpy and torch too; None if float32 has none such."""
     if not hasattr(value, "__float__"):
         return None
     try:
