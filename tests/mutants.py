@@ -904,7 +904,12 @@ MUTANTS = [
         "any(flags) for flags in zip(*copies",
         "all(flags) for flags in zip(*copies",
     ),
-    Mutant("evaluate", "PPO's prompts are no training data", 'if "ppo" in stages:', "if False:"),
+    Mutant(
+        "evaluate",
+        "PPO's prompts are no training data",
+        'if "ppo" in stages or learns_samples(experiment):',
+        "if learns_samples(experiment):",
+    ),
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",

@@ -151,6 +151,12 @@ class ModelSettings(Section):
     chat_template_kwargs: dict[str, TemplateValue] | None = setting(
         None, "variables passed to the chat template every time, such as {enable_thinking: false}; null: none"
     )
+    control_tokens: list[str] | None = setting(
+        None,
+        "new tokens that say how good an answer is, from worst to best, as [<|bad|>, <|good|>]: the chat template's "
+        "generation prompt ends with the best one, and none is ever answered. sft.conditional teaches what they mean; "
+        "null: none",
+    )
     hidden_size: int = setting(128, "width of the model, from scratch", ge=1)
     num_hidden_layers: int = setting(5, "number of layers, from scratch", ge=1)
     num_attention_heads: int = setting(4, "attention heads, from scratch; must divide hidden_size", ge=1)
