@@ -1066,7 +1066,7 @@ MUTANTS = [
     Mutant(
         "scorers",
         "a key that the server repeats is printed",
-        "{without_keys(reason_in(body), headers)}",
+        "{reason_in(without_keys(body, headers))}",
         "{reason_in(body)}",
     ),
     Mutant(
