@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.people.playground import collect
 from pipeline.errors import UserError
+from stages.people.playground import collect
 from stages.people.rank import snapshots
 from stages.people.store.database import open_existing, people_folder
 from stages.settings.rounds import FOLDER, artifact
@@ -48,7 +48,7 @@ def gather(bases: Sequence[Path]) -> Gathered:
         bases: The folders of all rounds so far, the first one first.
 
     Raises:
-        UserError: A database is damaged, or of another experiment, or a round is not there any more.
+        UserError: A database is damaged or of another experiment, or a round is not there any more.
     """
     for base in bases:
         check_whole(base)
@@ -67,10 +67,10 @@ def gather(bases: Sequence[Path]) -> Gathered:
 
 
 def check_whole(base: Path) -> None:
-    """Check that it is known what a round took: otherwise its rankings would be gone, or taken twice.
+    """Check that it is known what a round took: else its rankings would be gone, or taken twice.
 
     Raises:
-        UserError: The round's folder is gone, or its stage rankings although it has read a snapshot.
+        UserError: The round's folder is gone, or its stage rankings although there is a snapshot.
     """
     if not base.is_dir():
         raise UserError(f"round.earlier: no such folder: {base}; put the artifacts of this round back, or correct it")
