@@ -29,41 +29,98 @@ def names_of(annotation):
     return getattr(annotation, "__args__", ())
 
 
+def test_methods_whose_tokens_base_adds_are_those_of_the_project():
+    from stages.models.soft_prompts import SOFT_METHODS
+
+    assert bench.SOFT_PROMPTS == SOFT_METHODS
+
+
 def test_rates_are_of_the_family_and_the_lowest_loss_wins():
-    assert bench.rates_of("sft", "rslora") == [1e-4, 3e-4, 1e-3] and bench.rates_of("dpo", "full") == [1e-6, 3e-6, 1e-5]
+    assert bench.rates_of("sft", "low rank") == [1e-4, 3e-4, 1e-3]
+    assert bench.rates_of("dpo", "all weights") == [1e-6, 3e-6, 1e-5]
     lines = [{"rate": rate, "held_out": {"loss": loss}} for rate, loss in ((1, 2.0), (2, 1.5), (3, float("nan")))]
     assert bench.best(lines) == 2
     assert bench.best(lines[2:] + lines[:1]) == 1
 
 
+def test_every_family_has_methods_and_three_rates():
+    assert {family for family, _ in bench.METHODS.values()} == set(bench.FAMILIES)
+    assert all(len(rates) == 3 and sorted(rates) == list(rates) for rates in bench.FAMILIES.values())
+
+
+def test_a_family_takes_the_rate_of_its_first_method_that_trains(tmp_path, monkeypatch):
+    """Of vectors in dpo, soft prompts are not compared; ia3 is refused here, so bitfit chooses."""
+    args = bench.parse(["--steps", "8", "--results", str(tmp_path)])
+    tried = []
+
+    def line_of(args, stop, trial):
+        tried.append((trial.method, trial.rate, trial.steps, trial.seed, trial.kind))
+        return {"refused": "no"} if trial.method == "ia3" else {"rate": trial.rate, "held_out": {"loss": trial.rate}}
+
+    monkeypatch.setattr(bench, "line_of", line_of)
+    assert bench.chosen_rate(args, None, "dpo", "vectors") == 1e-4
+    assert tried == [("ia3", 1e-4, 4, 0, "choice"), *(("bitfit", rate, 4, 0, "choice") for rate in (1e-4, 1e-3, 3e-3))]
+    middle = bench.parse(["--middle", "--results", str(tmp_path)])
+    assert bench.rate_for(middle, None, "sft", "vectors") == 1e-2
+    with pytest.raises(bench.UserError, match="networks: no method"):
+        monkeypatch.setattr(bench, "line_of", lambda *_: {"refused": "no"})
+        bench.chosen_rate(args, None, "dpo", "networks")
+
+
 def test_the_table_shows_refusals_and_means_over_seeds(tmp_path):
-    args = bench.parse(["--methods", "lora", "bitfit", "--steps", "4", "--results", str(tmp_path)])
+    args = bench.parse(["--methods", "lora", "bitfit", "p_tuning", "--steps", "4", "--results", str(tmp_path)])
     common = {"stage": "sft", "steps": 4, "kind": "report"}
     rows = [
-        {**common, "method": "lora", "seed": seed, "rate": 1e-3, "trained": 1200, "peak_gb": 1.5, "seconds_a_step": 2.0,
+        {**common, "method": "lora", "seed": seed, "rate": 1e-3, "trained": 1200, "parameters": 480_000,
+         "cpu_seconds_a_step": 1.25, "before": {"step": 0, "loss": 4.5}, "peak_gb": 1.5, "seconds_a_step": 2.0,
          "held_out": {"loss": loss}, "key": [args.name, *bench.Trial("lora", "sft", seed, 4, 1e-3, "report").key()]}
         for seed, loss in ((1, 2.0), (2, 3.0))
     ]  # fmt: skip
     rows += [{**common, "method": "bitfit", "seed": 0, "refused": "model.peft.method: none",
               "key": [args.name, *bench.Trial("bitfit", "sft", 0, 4, 1e-3, "choice").key()]}]  # fmt: skip
     text = bench.table(args, rows, "sft")
-    assert "| 1,200 " in text and "| 0.001 * " in text and "2.5000 (" in text and "refused: model.peft" in text
+    assert (
+        "| 1,200 " in text
+        and "| 0.25 % " in text
+        and "| 0.001 * " in text
+        and "| 4.5000 " in text
+        and "| 1.25 " in text
+    )
+    assert "2.5000 (" in text and "refused: model.peft" in text and "own" not in text
+    assert "needs an sft model with its tokens" in bench.table(args, rows, "dpo")
 
 
 @pytest.mark.slow
 def test_a_tiny_run_is_kept_and_not_repeated(tmp_path):
-    """Two methods, one of them refused, at a given rate; the second command only prints."""
+    """Three methods, one of them refused, at a given rate; the second command only prints."""
     config = ROOT / "tests" / "resume" / "micro.yaml"
     words = ["-c", str(config), "--artifacts", str(tmp_path / "a"), "--results", str(tmp_path)]
-    words += ["--methods", "lora", "bitfit", "--stages", "sft", "--seeds", "1", "--steps", "2", "--rate", "1e-3"]
+    words += [
+        "--methods",
+        "lora",
+        "bitfit",
+        "prompt_tuning",
+        "--stages",
+        "sft",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--rate",
+        "1e-3",
+    ]
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, bench.__file__, *words, "sft.ppo_init=null"], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(row) for row in (tmp_path / bench.RESULTS).read_text().splitlines()]
-    assert {row["method"]: "refused" in row for row in rows} == {"lora": False, "bitfit": True}
+    assert {row["method"]: "refused" in row for row in rows} == {"lora": False, "bitfit": True, "prompt_tuning": False}
     (lora,) = [row for row in rows if row["method"] == "lora"]
     assert lora["trained"] > 0 and lora["held_out"]["loss"] > 0 and lora["peak_gb"] > 0
+    (soft,) = [row for row in rows if row["method"] == "prompt_tuning"]
+    assert 0 < soft["trained"] < lora["trained"] < lora["parameters"] < soft["parameters"]
+    assert lora["cpu_seconds_a_step"] > 0 and soft["cpu_seconds_a_step"] > 0
+    assert lora["before"]["step"] == soft["before"]["step"] == 0
     assert "{" not in done.stdout and f"| {lora['trained']:,}" in done.stdout
     assert not list((tmp_path / "a").glob("*report*"))
