@@ -84,6 +84,7 @@ def add_counts(whole: Loaded, part: Loaded) -> None:
     """Add the counts and error lines of a part to those of the whole."""
     whole.rows += part.rows
     whole.forms += part.forms
+    whole.wordings += part.wordings
     whole.unread += part.unread
     whole.left_out += part.left_out
     whole.left_out_places += part.left_out_places

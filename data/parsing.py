@@ -18,9 +18,12 @@ from data.records import Demonstration, Document, Prompt, Ranking, content_id
 ROLES = ("system", "user", "assistant")
 EMAIL = re.compile(r"[^\s@]+@[^\s@]+\.[^\s@]+")
 """An e-mail address, and whatever sticks to it."""
-METADATA = ("meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind", "use_case", "category")
-"""Keys that any row may have. `meta`, `user_id` and `kind` are kept, and `use_case` and `category`
-under `meta`; `source` where it is a text in a ranking of our own form. Others are not read."""
+METADATA = (
+    "meta", "metadata", "id", "source", "url", "timestamp", "user_id", "kind", "use_case", "category", "row_text",
+)  # fmt: skip
+"""Keys that any row may have. `meta`, `user_id`, `kind` and `row_text` are kept, and `use_case` and
+`category` under `meta`; `source` where it is a text in a ranking of our own form. Others are not
+read."""
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -28,7 +31,8 @@ under `meta`; `source` where it is a text in a ranking of our own form. Others a
 def parse_demonstration(row: dict) -> Demonstration:
     """Parse a row {prompt, completion}."""
     prompt = parse_prompt_value(row)
-    return Demonstration(prompt, parse_text(row, "completion"), parse_learnt(row, prompt), **parse_about(row))
+    completion, learnt = parse_text(row, "completion"), parse_learnt(row, prompt)
+    return Demonstration(prompt, completion, learnt, **parse_about(row), row_text=parse_row_text(row))
 
 
 def parse_document(row: dict) -> Document:
@@ -38,7 +42,7 @@ def parse_document(row: dict) -> Document:
 
 def parse_prompt(row: dict) -> Prompt:
     """Parse a row {prompt}."""
-    return Prompt(parse_prompt_value(row), **parse_about(row))
+    return Prompt(parse_prompt_value(row), **parse_about(row), row_text=parse_row_text(row))
 
 
 def parse_ranking(row: dict) -> Ranking:
@@ -223,6 +227,13 @@ def parse_about(row: dict) -> dict[str, Any]:
         "kind": row["kind"] if isinstance(row.get("kind"), str) else None,
         "meta": meta if isinstance(meta, dict) and meta else None,
     }
+
+
+def parse_row_text(row: dict) -> str | None:
+    """Return what the row of a task says, of a worded prompt; None if it is none."""
+    if row.get("row_text") is None:
+        return None
+    return parse_text(row, "row_text")
 
 
 def parse_learnt(row: dict, prompt: str | tuple[dict, ...]) -> tuple[int, ...]:

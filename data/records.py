@@ -1,9 +1,9 @@
 """Define the four records that every data file is turned into, and write them as JSONL.
 
-    Demonstration {prompt, completion, learnt?}
+    Demonstration {prompt, completion, learnt?, row_text?}
     Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?, source?}
     Document {text}
-    Prompt {prompt}
+    Prompt {prompt, row_text?}
 
 Each may also have `user_id` (who wrote the prompt), `kind` (what sort of prompt or use it is) and
 `meta` (anything; kept, never read).
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "source", "user_id", "kind", "meta")
+OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "source", "user_id", "kind", "meta", "row_text")
 """Fields that are left out of a record's JSON where they are None or empty."""
 
 # ── the records ──────────────────────────────────────────────────────────────────────────────────
@@ -44,6 +44,11 @@ class Demonstration:
     """What sort of prompt or use it is, as the data name it."""
     meta: dict | None = None
     """Whatever else the row says; kept, never read."""
+    row_text: str | None = None
+    """What the row of a task says, without its wording and the rows that are shown before it; rows
+    that say the same are never split. None: the prompt is not worded (`data/tasks`)."""
+    extra: dict | None = field(default=None, compare=False)
+    """The row of the task, with its final answer under `answer`; see `Prompt.extra`."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class Prompt:
     """What sort of prompt or use it is, as the data name it."""
     meta: dict | None = None
     """Whatever else the row says; kept, never read."""
+    row_text: str | None = None
+    """As in `Demonstration`."""
     extra: dict | None = field(default=None, compare=False)
     """The other keys of the row that was read (`answer`, `constraints`, …), for scorers that know
     what a right response is. Not written by `to_json`, and prompts that differ in it alone are
@@ -117,12 +124,19 @@ class Prompt:
 
     def row(self) -> dict:
         """Return the prompt and all other keys that are known, as scorers get them."""
-        about = {"user_id": self.user_id, "kind": self.kind, "meta": self.meta}
+        about = {"user_id": self.user_id, "kind": self.kind, "meta": self.meta, "row_text": self.row_text}
         prompt = self.prompt if isinstance(self.prompt, str) else as_messages(self.prompt)
         return {**(self.extra or {}), **{key: x for key, x in about.items() if x is not None}, "prompt": prompt}
 
 
 Record = Demonstration | Ranking | Document | Prompt
+
+
+def own_text(record: Record) -> str | tuple[dict, ...]:
+    """Return what tells a prompt from others: what its row says if it is worded, or the prompt."""
+    assert not isinstance(record, Document)
+    text = getattr(record, "row_text", None)
+    return record.prompt if text is None else text
 
 
 # ── prompts and pairs ────────────────────────────────────────────────────────────────────────────

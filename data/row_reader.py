@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -22,10 +23,13 @@ from data.forms.marked import NAME as MARKED
 from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.progress import NOTE_EVERY
-from data.records import Prompt, Ranking, Record, content_id, prompt_key
+from data.records import Demonstration, Prompt, Ranking, Record, content_id, prompt_key
 from data.seen import Seen
 from data.source import Loaded, Source
+from data.tasks.reading import task_rows
+from data.tasks.rows import TaskRows
 from data.templated import without_templates
+from pipeline.errors import UserError
 
 PARSERS: dict[str, Callable[[dict], Record]] = {
     "documents": parse_document,
@@ -37,7 +41,7 @@ PARSERS: dict[str, Callable[[dict], Record]] = {
 """Kind of data → what makes a record of a row of our own form."""
 REPEATED = "duplicate"
 """Why a repeated prompt is left out."""
-KEPT = ("user_id", "kind", "meta")
+KEPT = ("user_id", "kind", "meta", "row_text")
 """Keys of any form's rows that records keep."""
 LABELS = ("use_case", "category")
 """Keys that say what a prompt is for; records keep them under `meta`."""
@@ -62,8 +66,13 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
     if source.path is not None and of_hub:
         loaded.errors.append(f"{source.name}: is no data set of the Hub, and {of_hub[0]} does nothing; leave it out")
         return
+    try:
+        tasks = task_rows(kind, source, partial(records, max_rows=max_rows))
+    except UserError as error:
+        loaded.errors += error.lines
+        return
     reading = Reading(hashes=source.sha256 is not None)
-    reader = RowReader(kind, source, loaded)
+    reader = RowReader(kind, source, loaded, tasks)
     rows = source_rows(source, reading)
     passed = 0  # records so far, those before `skip` included
     last = None if source.limit is None else source.skip + source.limit
@@ -135,6 +144,8 @@ class RowReader:
     """Where the rows come from, and how they are read."""
     loaded: Loaded
     """Gets counts and error lines."""
+    tasks: TaskRows | None = None
+    """What makes rows of our own form of the rows of a task; None: the forms do."""
     count: int = 0
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
@@ -158,6 +169,9 @@ class RowReader:
                 self.loaded.leave_out(location, "where")
                 continue
             self.loaded.rows += 1
+            if self.tasks is not None:
+                yield from self._worded(location, value)
+                continue
             try:
                 form, row = self._recognised(value)
                 prompts_only = self.kind in PROMPT_KINDS and form.prompt is not None
@@ -180,6 +194,26 @@ class RowReader:
                     yield from self._record(location, part, {})
             except ValueError as error:
                 self._bad(gathered[0][0], error)
+
+    def _worded(self, location: str, value: object) -> Iterator[tuple[str, Record]]:
+        """Yield the records that the wordings make of a row."""
+        assert self.tasks is not None
+        try:
+            if self.source.columns and isinstance(value, dict):
+                value = renamed(value, self.source.columns)
+            worded = self.tasks.worded(value)
+        except ValueError as error:
+            self._bad(location, error)
+            return
+        assert isinstance(value, dict)
+        self.loaded.unread.update(
+            key
+            for key in value
+            if key not in self.tasks.read_keys and key not in (*METADATA, *(self.source.where or ()))
+        )
+        for one in worded:
+            self.loaded.wordings[one.wording.name] += 1
+            yield from self._record(location, one.item, one.row)
 
     def _is_wanted(self, value: object) -> bool:
         """Return whether `where` lets a row pass."""
@@ -249,6 +283,8 @@ class RowReader:
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
                 record = with_own_id(record, location, self._seen)
+            elif self.tasks is not None and isinstance(record, Demonstration | Prompt):
+                record = replace(record, extra=dict(row))  # whole, to be shown before other prompts too
             elif isinstance(record, Prompt):
                 record = replace(record, extra=extra_of(row))
         except ValueError as error:

@@ -56,6 +56,20 @@ class Source:
     """The number of records to leave out at the beginning."""
     limit: int | None = None
     """The number of records to load at most; None for all."""
+    wordings: str | None = None
+    """A file of wordings, by which the rows of a task become prompts and responses."""
+    wording_choice: str = "one"
+    """Whether a row gets one of them ("one") or all of them ("each")."""
+    shots: int | None = None
+    """The number of rows to show before a prompt; None for none."""
+    shots_from: str | None = None
+    """The file, folder or glob that they are drawn from; None for the source itself."""
+    shots_as: str = "turns"
+    """Whether they are turns before the prompt ("turns") or part of it ("text")."""
+    wordings_sha256: str | None = None
+    """What the file of wordings must hold; None if that does not matter."""
+    shots_sha256: str | None = None
+    """What the file of `shots_from` must hold; None if that does not matter."""
     weight: float | None = None
     """The source's share in a mixture, relative to the other weights."""
     sha256: str | None = None
@@ -100,6 +114,8 @@ class Loaded:
     """The location of each record: "FILE:LINE", or with an index."""
     rows: int = 0
     """The number of rows that were looked at, those that `where` leaves out not counted."""
+    wordings: Counter[str] = field(default_factory=Counter)
+    """Wording → the number of rows that it was applied to."""
     forms: Counter[str] = field(default_factory=Counter)
     """Form → the number of its rows."""
     unread: Counter[str] = field(default_factory=Counter)

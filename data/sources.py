@@ -85,7 +85,13 @@ def load_first(kind: str, source: Source, max_rows: int) -> list:
 
 def without_digest(source: Source) -> Source:
     """Return a source whose file may hold anything."""
-    return replace(source, sha256=None, parts=tuple(without_digest(part) for part in source.parts))
+    return replace(
+        source,
+        sha256=None,
+        wordings_sha256=None,
+        shots_sha256=None,
+        parts=tuple(without_digest(part) for part in source.parts),
+    )
 
 
 def read(kind: str, source: Source, max_rows: int | None = None) -> Loaded:

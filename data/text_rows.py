@@ -68,7 +68,7 @@ def row_objects(rows: Iterable[EncodedRow], fraction: float, answer_tokens: arra
     for row in rows:
         lengths = [end - begin for begin, end in row.spans]
         answer_tokens.extend(lengths)
-        position = position_of(conversation_key(row.turn.prompt))
+        position = position_of(conversation_key(row.turn.own_text))
         lowest = min(lowest, position)
         # the lowest of all is held out even where it is not below the fraction
         may_be_held_out = position < fraction or position == lowest

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from data.records import Demonstration, as_messages, prompt_key
+from data.records import Demonstration, Record, as_messages, own_text, prompt_key
 
 Turns = Literal["all", "last"]
 """Which answers are taught: "all" that a demonstration says are learnt, or only its completion."""
@@ -23,6 +23,13 @@ class Turn(NamedTuple):
     """The text of the turn."""
     number: int
     """Its number among the assistant's turns of the conversation, from 1."""
+    row_text: str | None = None
+    """What the row of its demonstration says, if that is worded."""
+
+    @property
+    def own_text(self) -> str | tuple[dict, ...]:
+        """Return what tells its prompt from others, as `records.own_text` does."""
+        return self.prompt if self.row_text is None else self.row_text
 
 
 def turns_of(demonstration: Demonstration, turns: Turns = "all") -> list[Turn]:
@@ -37,18 +44,20 @@ def turns_of(demonstration: Demonstration, turns: Turns = "all") -> list[Turn]:
     if turns == "all" and not isinstance(prompt, str):
         for index in demonstration.learnt:
             number = _answers_in(prompt[: index + 1])
-            taught.append(Turn(prompt[:index], prompt[index]["content"], number))
-    return [*taught, Turn(prompt, demonstration.completion, _answers_in(prompt) + 1)]
+            taught.append(Turn(prompt[:index], prompt[index]["content"], number, demonstration.row_text))
+    return [*taught, Turn(prompt, demonstration.completion, _answers_in(prompt) + 1, demonstration.row_text)]
 
 
 def learnt_prompts(demonstrations: Iterable[Demonstration], turns: Turns = "all") -> list[str | tuple[dict, ...]]:
     """Return the prompt of every turn that is taught: what training knows of prompts.
 
+    Of worded rows it is what the row says.
+
     Args:
         demonstrations: The demonstrations.
         turns: Which answers are taught.
     """
-    return [turn.prompt for demonstration in demonstrations for turn in turns_of(demonstration, turns)]
+    return [turn.own_text for demonstration in demonstrations for turn in turns_of(demonstration, turns)]
 
 
 def conversation_key(prompt: str | Iterable[dict]) -> str:
@@ -61,6 +70,14 @@ def conversation_key(prompt: str | Iterable[dict]) -> str:
     messages = as_messages(prompt)
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
     return prompt_key(messages[: first + 1])
+
+
+def split_key(record: Record) -> str:
+    """Return the key by which a record is held out: its conversation's, or its row's if worded.
+
+    All wordings of a row, with whatever rows before them, are on the same side.
+    """
+    return conversation_key(own_text(record))
 
 
 # ── counts ───────────────────────────────────────────────────────────────────────────────────────

@@ -219,6 +219,11 @@ def add_command(commands: Any, name: str, text: str, config: str = "required", *
     return command
 
 
+def settings_line(example: str) -> str:
+    """Return what the help of a command says of settings."""
+    return f"Settings on top of the file are given as key=value: {example}. configs/SETTINGS.md lists them all."
+
+
 def add_run(commands: Any) -> None:
     """Add `rlhf run`, whose help is `commands.RUN_HELP`."""
     run = add_command(commands, "run", "bring a stage up to date, and first what it needs", "optional", add_help=False)
@@ -368,7 +373,8 @@ def add_chat(commands: Any) -> None:
 
 def add_playground(commands: Any) -> None:
     """Add `rlhf playground`."""
-    playground = add_command(commands, "playground", "talk to the policies in a browser, or with any OpenAI client")
+    text = "talk to the policies in a browser, or with any OpenAI client"
+    playground = add_command(commands, "playground", text, epilog=settings_line("playground.policies=[sft,ppo]"))
     playground.add_argument(
         "--export",
         type=Path,
@@ -382,7 +388,8 @@ def add_playground(commands: Any) -> None:
 
 def add_rank(commands: Any) -> None:
     """Add `rlhf rank`."""
-    rank = add_command(commands, "rank", "let people rank answers in a browser")
+    text = "let people rank answers in a browser"
+    rank = add_command(commands, "rank", text, epilog=settings_line("rank.prompts=300 rank.policies=[sft,ppo]"))
     rank.add_argument("--tasks-only", action="store_true", help="make the tasks, and do not open the page")
     rank.add_argument("--new-tokens", action="store_true", help="make new addresses; earlier ones are worth nothing")
     rank.add_argument(
@@ -412,7 +419,8 @@ def add_rank(commands: Any) -> None:
 
 def add_round(commands: Any) -> None:
     """Add `rlhf round next`."""
-    round_ = add_command(commands, "round", "make the next round of an experiment from what people gave since")
+    text = "make the next round of an experiment from what people gave since"
+    round_ = add_command(commands, "round", text, epilog=settings_line("rounds.old.rankings=0.5"))
     round_.add_argument(
         "action", choices=["next"], help="next: write the config and the data of the round after CONFIG"
     )

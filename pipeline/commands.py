@@ -332,6 +332,7 @@ def playground_command(arguments: argparse.Namespace) -> int:
     from pipeline.launch import environment
     from pipeline.launch.processes import rank_and_size_from_environment
 
+    check_new_tokens(arguments.new_tokens, ["--export"] if arguments.export is not None else [])
     experiment = load(arguments)
     store = api.open_store(experiment, Location.of(arguments.artifacts))
     playground = importlib.import_module("stages.people.playground.command")
@@ -344,6 +345,12 @@ def playground_command(arguments: argparse.Namespace) -> int:
     return playground.run(experiment, store, make_console(), arguments.trust_remote_code, arguments.new_tokens)
 
 
+def check_new_tokens(is_asked: bool, other: list[str]) -> None:
+    """Raise UserError if --new-tokens is given with a flag that opens no page."""
+    if is_asked and other:
+        raise UserError(f"command line: --new-tokens does nothing with {other[0]}, which opens no page; leave one out")
+
+
 def rank_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf rank`: let people rank answers in a browser."""
     from pipeline import chain
@@ -354,6 +361,7 @@ def rank_command(arguments: argparse.Namespace) -> int:
     asked |= {"--simulate": arguments.simulate is not None}
     if len(names := [name for name, is_asked in asked.items() if is_asked]) > 1:
         raise UserError(f"command line: {' and '.join(names)} are two commands; give them one after the other")
+    check_new_tokens(arguments.new_tokens, [name for name in names if name != "--simulate"])
     for flag, value, other in (("to", arguments.to, "export"), ("tiers", arguments.tiers, "imported")):
         if value is not None and getattr(arguments, other) is None:
             name = "import" if other == "imported" else other

@@ -23,6 +23,8 @@ how files are read, as in a config (data/README.md):
   templated=strip             take a chat template out of the texts (or: keep)
   tie_within=0.25             scores that differ by no more are a tie
   tiers=good,fair,bad         buckets of a labeling tool, the best first
+  wordings=FILE.yaml          write a task's rows as prompts and responses (wording_choice=each)
+  shots=3                     show rows before each prompt (shots_from=FILE, shots_as=text)
   on_bad_row=drop             leave rows with mistakes out (max_bad=0.01: at most 1 %)
   skip=100 limit=200          which records
   split=test subset=en        of a data set on the Hub (also data_dir, data_files, revision)
@@ -246,7 +248,7 @@ def parse_reading(words: list[str]) -> dict[str, Any]:
         value = tree.values.get(key)
         if value is not None and not isinstance(value, list):
             tree.values[key] = [part.strip() for part in str(value).split(",")]
-    for key in ("by", "subset", "revision", "split"):  # a number there is a name
+    for key in ("by", "subset", "revision", "split", "wordings", "shots_from"):  # a number there is a name
         if isinstance(tree.values.get(key), int | float):
             tree.values[key] = str(tree.values[key])
     lines = list(tree.problems)

@@ -89,6 +89,7 @@ def describe_today(
             if problem:
                 problems.append(f"data.{kind}: {problem}")
             described.append(_describe_source(part, commit, digests))
+            described[-1][0].update(aside_digests(part, digests))
         if source.parts:
             parts = {str(number): record | {"sha256": digest} for number, (record, digest) in enumerate(described, 1)}
             data[kind] = {"path": " + ".join(record["path"] for record, _ in described), "parts": parts}
@@ -147,6 +148,17 @@ def _describe_source(source: Source, commit: str | None, digests: Digests) -> tu
         digest = hashlib.sha256(f"{source.hub}@{commit or 'main'}".encode()).hexdigest()
         return record | {"revision": commit, "asked_revision": source.revision}, digest
     return record, None
+
+
+def aside_digests(source: Source, digests: Digests) -> dict[str, str]:
+    """Return the digests of the files that a source names beside its own, by the reader's names.
+
+    Args:
+        source: The source; not a mixture.
+        digests: Of files, as far as this command has computed them.
+    """
+    named = {"wordings_sha256": source.reading.get("wordings"), "shots_sha256": source.reading.get("shots_from")}
+    return {key: digests.facts(Path(text).expanduser()).sha256 for key, text in named.items() if text is not None}
 
 
 def _resolve_commit(
@@ -266,10 +278,11 @@ def _without_locations(data: dict[str, Any]) -> dict[str, Any]:
 
     What counts is what the files contain, and the digests among the inputs cover that.
     """
+    locations = ("path", "rows", "sha256", "wordings", "shots_from", *COMMIT_KEYS)
     stripped = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            value = {name: item for name, item in value.items() if name not in ("path", "rows", "sha256", *COMMIT_KEYS)}
+            value = {name: item for name, item in value.items() if name not in locations}
             if "parts" in value:
                 value["parts"] = _without_locations(value["parts"])
         stripped[key] = value

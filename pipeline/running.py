@@ -133,6 +133,11 @@ def edited_inputs(job: Job, run: dict[str, Any], context: StageRun) -> list[str]
     """
     outside: list[tuple[str, Path, str]] = []  # (setting, path, the digest that it had)
     for kind, source in context.sources.items():
+        for part in source.parts or (source,):
+            for name, setting in (("wordings", "wordings_sha256"), ("shots_from", "shots_sha256")):
+                if setting in part.reading:
+                    file = Path(part.reading[name]).expanduser()
+                    outside.append((f"data.{kind}.{name}", file, part.reading[setting]))
         for part in source.parts:
             if part.path is not None and part.sha256 is not None:
                 outside.append((f"data.{kind}", part.path, part.sha256))
@@ -315,6 +320,17 @@ def checkpoints_of(experiment: Common, work: Path, **options: Any) -> checkpoint
     return checkpoints.CheckpointStore(work / "checkpoints", **rhythm, keep=keep, **options)
 
 
+def with_aside(source: Source, record: dict[str, Any]) -> Source:
+    """Return a source with the digests of the files that it names beside its own.
+
+    Args:
+        source: The source.
+        record: What the run recorded of it.
+    """
+    digests = {key: record[key] for key in ("wordings_sha256", "shots_sha256") if key in record}
+    return replace(source, reading=source.reading | digests) if digests else source
+
+
 def shared_fields(
     name: str,
     stage: Stage,
@@ -341,11 +357,14 @@ def shared_fields(
             parts = []
             for number, part in enumerate(source.parts, 1):
                 entry = recorded[str(number)]
+                part = with_aside(part, entry)
                 if part.path:
                     parts.append(replace(part, sha256=entry["sha256"]))
                 else:
                     parts.append(replace(part, revision=entry.get("revision") or part.revision))
             return replace(source, parts=tuple(parts))
+        if source.path or source.hub:
+            source = with_aside(source, made_of["config"]["data"][kind])
         if source.path:
             return replace(source, sha256=made_of["inputs"][f"data:{kind}"])
         if source.hub:

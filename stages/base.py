@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from stages.models.adapters import refuse_untrained
+from stages.models.control_tokens import add_control_tokens
 from stages.models.families import REMEDY, WHOLE_ROWS, family_problem
 from stages.models.given_adapter import merge_given
 from stages.models.loading import code_fails, from_scratch, load_pretrained
@@ -65,6 +66,13 @@ def run(ctx: StageRun[BaseSettings, Experiment]) -> dict:
     if soft_prompt is not None and parallel.is_rank_zero():  # which publishes
         line = add_soft_prompt(model, tokenizer, soft_prompt, ctx.seed)
         session.say(line or f"its soft prompt of {soft_prompt.count} tokens is trained on")
+    if section.control_tokens is not None and parallel.is_rank_zero():
+        if control := add_control_tokens(model, tokenizer, section.control_tokens):
+            # sft trains their rows even where it trains an adapter
+            figures = {**figures, "new_tokens": [*figures.get("new_tokens", []), *control]}
+            peft = peft_of(ctx.experiment, "sft")
+            refuse_untrained(control, peft and peft.method, tokenizer)
+        session.say(f"its prompts end with {section.control_tokens[-1]}, which asks for a good answer")
     figures = {**figures, "parameters": sum(p.numel() for p in model.parameters()), **session.notes.figures}
     text = card_text(provenance, ModelCard("a pretrained language model", figures=figures))
     dtype = given_dtype if section.publish_dtype == "as_given" else section.publish_dtype

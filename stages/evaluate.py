@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import wrap_documents
-from data.records import prompt_key
+from data.records import own_text, prompt_key
 from data.sources import load
 from data.turns import learnt_prompts
 from data.world.world import World
@@ -356,6 +356,7 @@ def prepare(
             "a file with more prompts makes intervals narrower"
         )
     texts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in (records[i].prompt for i in kept)]
+    own_texts = [own_text(records[i]) for i in kept]
 
     # 3. What training data knows of them.
     demonstrations = load_records("demonstrations", sources["demonstrations"])
@@ -364,10 +365,10 @@ def prepare(
     trained = {"demonstrations": learnt_prompts(demonstrations, experiment.sft.turns)}
     for other in training_prompt_kinds(experiment):
         if other != "demonstrations":
-            trained[other] = [record.prompt for record in load_records(other, sources[other])]
+            trained[other] = [own_text(record) for record in load_records(other, sources[other])]
     world = World.from_json(read_world(inputs)) if getattr(experiment.data, kind) == "world" else None
     if world is None:
-        leaked = find_near_copies(texts, trained, session.say)
+        leaked = find_near_copies(own_texts, trained, session.say)
     else:
         documents = load_records("documents", sources["documents"]) if experiment.data.documents is not None else []
         leaked = find_leaked_tasks(texts, trained, world, [document.text for document in documents], session.say)
@@ -387,7 +388,8 @@ def prepare(
     prompts = EvaluationPrompts(
         prompts=texts,
         chat_ids=chat_ids,
-        clusters=[prompt_key(prompt) if world is None else str(world.task(prompt)) for prompt in texts],
+        # wordings of one row are one observation
+        clusters=[prompt_key(own) if world is None else str(world.task(own)) for own in own_texts],
         leaked=leaked,
         rows=[row_of(records[i]) for i in kept],
         world=world,

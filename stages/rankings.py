@@ -222,7 +222,11 @@ def publish_by_scorers(
     poll = session.interrupt(0, 0, lambda: None)
     rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
     scorer.close()
-    positions = np.array([position_of(prompt_key(one.prompt)) for one in rankings])
+    keys = {  # wordings of one row are on one side
+        prompt_key(prompt): prompt_key(row.get("row_text") or prompt)
+        for prompt, row in zip(responses.prompts, responses.rows, strict=True)
+    }
+    positions = np.array([position_of(keys[prompt_key(one.prompt)]) for one in rankings])
     split = split_rankings(positions, np.full(len(rankings), -1), [], settings.validation_fraction, judge)
     sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
     if judge:

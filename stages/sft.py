@@ -5,12 +5,13 @@ loss = − mean log π(token | prompt, before)     over the tokens of the answer
 Of a conversation all answers are learnt (sft.turns), each after exactly what the policy would see.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from data.documents import wrap_documents
 from data.streams import Stream, derive_seed
@@ -19,20 +20,40 @@ from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
+from stages.models.control_tokens import control_ids_of
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.soft_prompts import soft_prompt_of
+from stages.rollouts.engine import EngineSpec
 from stages.settings.checks import prefix_tokens
 from stages.settings.experiment import Experiment
-from stages.settings.sft import SFTSettings
+from stages.settings.sft import ConditionalSettings, SFTSettings
 from stages.settings.training import total_steps
 from stages.shared.cards import ANSWER, ModelCard
+from stages.shared.conditional import (
+    Sampler,
+    asked_demonstrations,
+    asked_prompts,
+    label_rows,
+    of_round,
+    records_of,
+    score_answers,
+)
 from stages.shared.demonstrations import Given, load_demonstrations
 from stages.shared.disk import say_written
+from stages.shared.engines import engine_spec
 from stages.shared.inputs import LengthLimit, split_documents
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.row_cache import RowCache
-from stages.shared.runtime import Runtime, adapter_settings, check_context, note_default_rate, runtime_of
+from stages.shared.runtime import (
+    Runtime,
+    adapter_settings,
+    check_context,
+    note_default_rate,
+    place_model,
+    runtime_of,
+    with_accelerator,
+)
 from stages.shared.show import show_samples
 from stages.shared.source_words import recorded_rows
 from stages.training.checkpoint import has_current_settings
@@ -44,6 +65,8 @@ from stages.training.text_hooks import weights_of
 
 def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     """Publish model/, and ppo_init/ if asked for, with the tokenizer and chat template of base."""
+    if ctx.config.conditional is not None:
+        return run_conditional(ctx, ctx.config.conditional)
     config, source = ctx.config, ctx.inputs["base"] / "model"
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
     check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
@@ -87,16 +110,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
         announce=announce,
     )
     train = partial(train_language_model, session, runtime, make, tokenizer)
-    optimization = Optimization(
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
-        router_aux_loss_coef=config.router_aux_loss_coef,
-        dropout=config.dropout,
-        neftune_noise_alpha=config.neftune_noise_alpha,
-        label_smoothing=config.label_smoothing,
-        packing=bool(config.packing),
-    )
+    optimization = optimization_of(config)
     selection = config.selection("loss", higher_is_better=False)
 
     # 1 the policy
@@ -134,6 +148,135 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     model, more = train(task, optimization, config.schedule(more_steps), selection, phase)
     publish(provenance, model, tokenizer, "ppo_init", ModelCard("the policy that PPO starts from", figures=more))
     return figures | {f"ppo_init_{name}": more[name] for name in ("loss", "perplexity", "steps")}
+
+
+def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSettings) -> dict:
+    """Publish model/, trained on answers after control tokens that say how good they are.
+
+    loss = − mean log π(token | prompt, control token, before)    over the tokens of the answers
+
+    Args:
+        ctx: The run.
+        how: What scores the answers, and whose answers they are.
+
+    Returns:
+        The figures for the manifest.
+    """
+    config, source = ctx.config, ctx.inputs["base"] / "model"
+    session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
+    check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
+    tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    fraction, limit = ctx.experiment.data.validation_fraction, LengthLimit(config.max_length, config.on_too_long, "sft")
+    if provenance.model.peft is not None:
+        note_default_rate(session, config)
+    make = partial(make_policy, source, runtime, adapter_settings(provenance.model), provenance)
+
+    # 1 what is asked in each round, and so the steps of each
+    if how.samples_per_prompt is None:
+        asked, given = asked_demonstrations(ctx.source("demonstrations"), config.turns, tokenizer, session)
+        rounds = [asked]
+    else:
+        asked = asked_prompts(ctx.source("prompts"), limit, how.longest_sample, tokenizer, session)
+        given, count = None, how.prompts_per_round
+        rounds = [of_round(asked, count, number, ctx.seed) for number in range(how.rounds or 1)]
+    steps = [total_steps(config, own.train_answers(how.samples_per_prompt or 1, fraction)) for own in rounds]
+    session.say(f"{sum(len(own.prompts) for own in rounds)} prompts in {len(rounds)} rounds; {sum(steps)} steps")
+    announce = partial(announce_written, session, provenance, config, sum(steps))
+
+    # 2 the rounds: answers, scores, labels, training
+    checkpoint = session.checkpoints.newest()
+    state = {} if checkpoint is None else checkpoint.state.get("conditional", {})
+    first, figures, model = int(state.get("round", 0)), dict(state.get("figures", {})), None
+    weights = {} if checkpoint is None or not first else checkpoint.tensors("finished")
+    for number in range(first, len(rounds)):
+        own, done = rounds[number], sum(steps[:number])
+        start = partial(make_with, make, weights)
+        if number == first and "answers" in state:
+            scored = records_of(state)
+        else:
+            answers = given
+            if answers is None:
+                sampler = Sampler(sampling_spec(ctx, runtime, tokenizer, how), tokenizer, how, ctx.seed)
+                poll = partial(session.leave_if_requested, done, sum(steps))
+                policy = place_model(start, runtime, config.max_length).eval()
+                answers = sampler.answers(policy, own, number, poll)
+            scored = score_answers(how, own, answers, tokenizer, runtime, session)
+            ctx.confirm_folders()  # those of reward models have been loaded
+        labelled, report = label_rows(own, scored, control_ids_of(source), how.thresholds, fraction, limit, tokenizer)
+        session.say(labelled.line(number, len(rounds)))
+        task = TextTask(
+            train_rows=labelled.train,
+            held_out_rows=labelled.held_out,
+            rows_per_device=config.per_device_train_batch_size,
+            accumulation_steps=config.gradient_accumulation_steps,
+            group_by_length=True,
+            samples=partial(show_samples, tokenizer=tokenizer, prompts=asked.prompts[:4], seed=ctx.seed,
+                            response_length=config.sample_tokens),
+            announce=announce,
+        )  # fmt: skip
+        of_round_state = {"conditional": {"round": number, "figures": figures} | scored.state()}
+        carried = {"finished": weights} if weights else {}
+        phase = Phase(first=done, total=sum(steps), tensors=carried, state=of_round_state)
+        model, trained = train_language_model(
+            session, runtime, start, tokenizer, task, optimization_of(config), config.schedule(steps[number]),
+            config.selection("loss", higher_is_better=False), phase,
+        )  # fmt: skip
+        weights = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+        lengths = {"truncated": report.truncated, "dropped": report.dropped, "rows": len(labelled.train)}
+        figures = {
+            **figures,
+            **trained,
+            **lengths,
+            **labelled.figures,
+            f"score_{number + 1}": labelled.figures["score"],
+        }
+        if session.checkpoints.every and number + 1 < len(rounds):
+            after = {"conditional": {"round": number + 1, "figures": figures}}
+            session.checkpoints.save(done + steps[number], {"finished": weights}, after, sum(steps))
+
+    # 3 publish
+    figures = {**figures, "samples": sum(len(own.prompts) for own in rounds) * (how.samples_per_prompt or 0)}
+    card = ModelCard("a policy fine-tuned conditionally on scores", figures=figures)
+    publish(provenance, model, tokenizer, "model", card)
+    return figures | session.notes.figures
+
+
+def make_with(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """Make the policy with the weights that an earlier round has trained; {}: as it was."""
+    model = make()
+    if weights:
+        replace(weights_of(model), name="sft").load(weights)
+    return model
+
+
+def sampling_spec(
+    ctx: StageRun[SFTSettings, Experiment], runtime: Runtime, tokenizer: Any, how: ConditionalSettings
+) -> EngineSpec:
+    """Return what the engine is built from that samples the policy's own answers."""
+    return engine_spec(
+        "transformers",
+        ctx.inputs["base"] / "model",
+        runtime,
+        ctx.experiment.launch,
+        work=ctx.checkpoints.folder.parent,
+        pad_id=tokenizer.pad_token_id,
+        max_length=ctx.config.max_length,
+        batch_size=how.batch_size,
+    )
+
+
+def optimization_of(config: SFTSettings) -> Optimization:
+    """Return the settings of the optimizer."""
+    return Optimization(
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        router_aux_loss_coef=config.router_aux_loss_coef,
+        dropout=config.dropout,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        label_smoothing=config.label_smoothing,
+        packing=bool(config.packing),
+    )
 
 
 def pretraining_rows(

@@ -885,8 +885,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "prompts of one task are clusters of their own",
-        "prompt_key(prompt) if world is None else str(world.task(prompt))",
-        "prompt_key(prompt)",
+        "prompt_key(own) if world is None else str(world.task(own))",
+        "prompt_key(own)",
     ),
     Mutant(
         "evaluate", "num_prompts is not read", "return records[:limit], locations[:limit]", "return records, locations"
@@ -904,7 +904,12 @@ MUTANTS = [
         "any(flags) for flags in zip(*copies",
         "all(flags) for flags in zip(*copies",
     ),
-    Mutant("evaluate", "PPO's prompts are no training data", 'if "ppo" in stages:', "if False:"),
+    Mutant(
+        "evaluate",
+        "PPO's prompts are no training data",
+        'if "ppo" in stages or learns_samples(experiment):',
+        "if learns_samples(experiment):",
+    ),
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
@@ -1061,7 +1066,7 @@ MUTANTS = [
     Mutant(
         "scorers",
         "a key that the server repeats is printed",
-        "{without_keys(reason_in(body), headers)}",
+        "{reason_in(without_keys(body, headers))}",
         "{reason_in(body)}",
     ),
     Mutant(

@@ -14,7 +14,9 @@ from data.forms.messages import CONVERSATION_KEYS, conversation_turns
 from data.parsing import METADATA
 from data.row_reader import PARSERS, matches, renamed, source_rows
 from data.source import Source
+from data.tasks.wordings import read_wordings
 from data.templated import TemplatedText
+from pipeline.errors import UserError
 
 TRAINING = ("rankings", "demonstrations", "documents", "prompts")
 """Kinds of training data, the most specific first; they may share prompts among themselves."""
@@ -50,6 +52,8 @@ def guess_kind(source: Source) -> str | None:
     Returns:
         The kind; None if no row has the keys of any.
     """
+    if any(part.wordings is not None for part in source.parts or (source,)):
+        return kind_of_wordings(source)
     in_name = [kind for kind in ("evaluation_prompts", *TRAINING) if kind in Path(source.name).stem]
     rows = [value for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS)]
     for kind in in_name:
@@ -58,6 +62,22 @@ def guess_kind(source: Source) -> str | None:
     scores = {kind: evidence(kind, rows, source.options) for kind in TRAINING}
     best = max(TRAINING, key=lambda kind: scores[kind])
     return best if scores[best][0] else None
+
+
+def kind_of_wordings(source: Source) -> str:
+    """Return the kind that wordings make: demonstrations, unless one has no response.
+
+    Args:
+        source: Where the rows come from; it has wordings.
+    """
+    if "prompt" in Path(source.name).stem:
+        return "prompts"
+    paths = [part.wordings for part in source.parts or (source,) if part.wordings is not None]
+    try:
+        found = [one for path in paths for one in read_wordings(path).wordings]
+    except UserError:  # reading the rows says what is wrong
+        return "demonstrations"
+    return "demonstrations" if all(one.response is not None for one in found) else "prompts"
 
 
 def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:

@@ -89,7 +89,8 @@ def check(
         other_kind = other.name if other.name in FORMS else guess_kind(other.source)
         if other_kind is not None and "documents" not in (other_kind, report.kind):
             both_train = other.name in TRAINING and report.kind in TRAINING
-            compared = Compared(found, tally.prompts.prompts, other, other_kind, watch)
+            own = tally.prompts.prompts | tally.prompts.row_texts
+            compared = Compared(found, own, other, other_kind, watch)
             add_shared_prompts(report, compared, may_share=both_train)
     return report
 
@@ -193,6 +194,8 @@ def add_rows(report: Report, loaded: Loaded, source: Source) -> None:
         by = judgments.get(form, ())
         chosen = f", ranks by {source.by or by[0]} (by: {', '.join(by)})" if by and not source.parts else ""
         report.add("form", f"{form}: {count:,} rows{chosen}")
+    for wording, count in loaded.wordings.most_common():
+        report.add("wording", f"{wording}: {count:,} rows")
     if loaded.unread:
         keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(loaded.unread.items()))
         report.add("keys not read", keys)

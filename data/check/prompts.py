@@ -11,7 +11,7 @@ from data.check.report import OtherData, Report
 from data.forms import PROMPT_KINDS
 from data.near_copies import nearest_copies
 from data.progress import Note, Watch, no_note, unwatched
-from data.records import Document, Record, prompt_key
+from data.records import Document, Record, own_text, prompt_key
 from data.source import Loaded
 from data.sources import stream
 
@@ -32,6 +32,8 @@ class PromptTally:
     """The hashes of rows, without their ids."""
     prompts: set[int] = field(default_factory=set)
     """The hashes of prompts."""
+    row_texts: set[int] = field(default_factory=set)
+    """The hashes of what rows say, of worded ones."""
 
     def add(self, record: Record) -> int:
         """Count a record, and return the hash of its prompt (of a document, of its text)."""
@@ -39,7 +41,9 @@ class PromptTally:
         prompt = prompt_hash(record)
         if not isinstance(record, Document):
             self.prompts.add(prompt)
-        content = [value for name, value in vars(record).items() if name != "id"]
+        if (text := getattr(record, "row_text", None)) is not None:
+            self.row_texts.add(hash64(prompt_key(text)))
+        content = [value for name, value in vars(record).items() if name not in ("id", "extra")]
         self.different.add(hash64(repr(content)))
         return prompt
 
@@ -64,6 +68,17 @@ def prompt_hash(record: Record) -> int:
     return hash64(record.text if isinstance(record, Document) else prompt_key(record.prompt))
 
 
+def own_hashes(record: Record) -> set[int]:
+    """Return the hash of a prompt and, if it is worded, that of what its row says.
+
+    Two prompts that share one of them are copies: a row in two wordings, or with other rows before
+    it, asks the same.
+    """
+    if isinstance(record, Document):
+        return {prompt_hash(record)}
+    return {prompt_hash(record), hash64(prompt_key(own_text(record)))}
+
+
 @dataclass(frozen=True)
 class Compared:
     """Hold two sources whose prompts are compared."""
@@ -71,7 +86,7 @@ class Compared:
     found: Found
     """Gives (location, record) of this source from its beginning, whenever it is called."""
     prompts: set[int]
-    """The hashes of its prompts."""
+    """The hashes of its prompts, and of what its rows say."""
     other: OtherData
     """The other source."""
     other_kind: str
@@ -95,19 +110,17 @@ def add_shared_prompts(report: Report, compared: Compared, *, may_share: bool) -
         theirs = Loaded(note=note)
         for location, record in stream(compared.other_kind, other.source, theirs):
             rows_there += 1
-            key = prompt_hash(record)
-            if key in compared.prompts:
-                shared[key] = location
+            shared |= dict.fromkeys(own_hashes(record) & compared.prompts, location)
     leaks: list[str] = []
     rows = leaked = 0
     with compared.watch(f"{report.name}: looking for prompts of {other.name}") as note:
         for location, record in compared.found(note):
             rows += 1
-            key = prompt_hash(record)
-            if key in shared:
+            copied = [shared[key] for key in own_hashes(record) if key in shared]
+            if copied:
                 leaked += 1
                 if len(leaks) < MOST_LEAKS:
-                    problem = f"this prompt is at {shared[key]} ({other.name}) too: a leak"
+                    problem = f"this prompt is at {copied[0]} ({other.name}) too: a leak"
                     leaks.append(f"{location}: {problem}; remove it from one of the two")
     unread = f" ({len(theirs.errors):,} errors in it: check it too)" if theirs.errors else ""
     report.add(f"also in {other.name}", f"{leaked:,} of {rows:,} prompts{unread}")
@@ -129,7 +142,7 @@ def add_near_copies(report: Report, compared: Compared, rows: tuple[int, int], s
         shared: The hashes of prompts that both have, which are not counted.
     """
     other = compared.other
-    ours = (item for item in compared.found(no_note) if prompt_hash(item[1]) not in shared)
+    ours = (item for item in compared.found(no_note) if not own_hashes(item[1]) & shared)
     near, first, done = 0, "", 0
     with compared.watch(f"{report.name}: looking for near copies of {other.name}") as note:
         while batch := list(islice(ours, AT_ONCE)):
@@ -151,9 +164,9 @@ def add_near_copies(report: Report, compared: Compared, rows: tuple[int, int], s
 
 
 def _prompts(items: Iterable[tuple[str, Record]]) -> list[str | tuple[dict, ...]]:
-    """Return the prompts of (location, record)."""
+    """Return the prompts of (location, record); of worded ones what their rows say."""
     prompts: list[str | tuple[dict, ...]] = []
     for _, record in items:
         assert not isinstance(record, Document)
-        prompts.append(record.prompt)
+        prompts.append(own_text(record))
     return prompts

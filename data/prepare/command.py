@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,6 +64,7 @@ def run(
     ]
     check_apart(inputs, folder)
     protected = protected_sources(configured, inputs)
+    refuse_wordings([*(given.source for given in inputs), *protected])
     with whole_folder(folder, force) as temporary:
         outcome = sift(temporary, inputs, protected, settings, watch)
         evaluation = configured["evaluation_prompts"] if protected else None
@@ -72,6 +74,21 @@ def run(
         (temporary / "manifest.json").write_text(text, encoding="utf-8")
     print_outcome(folder, outcome, settings, sys.stdout)
     return 0
+
+
+def refuse_wordings(sources: Iterable[Source]) -> None:
+    """Raise UserError where a source has wordings: parts are of whole rows, not of wordings.
+
+    Args:
+        sources: What is read.
+    """
+    for source in sources:
+        for part in source.parts or (source,):
+            if part.wordings is not None:
+                raise UserError(
+                    f"{part.name}: wordings would be split like different prompts; prepare the rows without them "
+                    f"(or let sft hold rows out, which keeps the wordings of a row together)"
+                )
 
 
 def check_apart(inputs: list[Input], folder: Path) -> None:

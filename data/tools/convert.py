@@ -160,7 +160,8 @@ class Writing:
                 self.left_out["the prompt came before"] += 1
                 return
             self._seen.add(key)
-            yield Prompt(record.prompt, record.user_id, record.kind, record.meta)
+            row_text = getattr(record, "row_text", None)
+            yield Prompt(record.prompt, record.user_id, record.kind, record.meta, row_text)
         elif isinstance(record, Ranking):
             identifier = record.id
             if identifier in self._seen:  # of another file

@@ -161,7 +161,7 @@ def show_tokens(record: Record, location: str, kind: str, limits: Limits, printe
     """
     tokenizer = limits.tokenizer
     assert tokenizer is not None
-    place = f"\u2500\u2500 {location} \u00b7 {SINGULAR[kind]}"
+    place = f"\u2500\u2500 {location} \u00b7 {SINGULAR[kind]}{wording_of(record)}"
     if isinstance(record, Demonstration):
         (rows,) = teach(tokenizer, [record], [location], limits.turns)
         for number, row in enumerate(rows, 1):
@@ -183,6 +183,15 @@ def show_tokens(record: Record, location: str, kind: str, limits: Limits, printe
         printer.print(Piece(f"{place} \u00b7 {len(ids)} tokens", "heading"))
         printer.print(*pieces_of(tokenizer, ids, [(0, len(ids))]))
     printer.print()
+
+
+def wording_of(record: Record) -> str:
+    """Return the wording and the final answer of a worded row, for its heading; "" for others."""
+    if getattr(record, "row_text", None) is None or not record.meta:  # type: ignore[union-attr]
+        return ""
+    meta = record.meta  # type: ignore[union-attr]
+    answer = f", answer {meta['answer']}" if "answer" in meta else ""
+    return f", wording {meta.get('wording')}{answer}"
 
 
 def fate_of(prompt: int, total: int, limits: Limits) -> tuple[str, int | None]:
@@ -268,7 +277,7 @@ def show_plain(record: Record, location: str, kind: str, limits: Limits, printer
         limits: Which turns are learnt.
         printer: Where it is printed.
     """
-    place = f"\u2500\u2500 {location} \u00b7 {SINGULAR[kind]}"
+    place = f"\u2500\u2500 {location} \u00b7 {SINGULAR[kind]}{wording_of(record)}"
     printer.print(Piece(place + (about(record) if isinstance(record, Ranking) else ""), "heading"))
     if isinstance(record, Document):
         printer.print(Piece(record.text, "learnt"))

@@ -95,6 +95,7 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
             where: tuple[Any, ...] = ("data", kind) if index is None else ("data", kind, index)
             if isinstance(part, dict):
                 where += ("path",)
+            problems += aside_problems(where[:-1], part) if isinstance(part, dict) else []
             (text,) = source_paths(part) if not isinstance(part, list) else (None,)
             if not isinstance(text, str):
                 continue
@@ -112,6 +113,21 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
             elif not is_hub_id(text) and not exists(text):
                 remedy = f"should be world, an existing path{relative_to(text)} or a Hub id org/name"
                 problems.append((where, f"no such file: {text}; {remedy}"))
+    return problems
+
+
+def aside_problems(where: tuple[Any, ...], part: dict[str, Any]) -> list[Problem]:
+    """Return the problems of the files that a source names beside its own.
+
+    Args:
+        where: The path of the source's keys.
+        part: The source.
+    """
+    problems: list[Problem] = []
+    for key, remedy in (("wordings", "a YAML file of wordings"), ("shots_from", "a file, a folder or a glob")):
+        text = part.get(key)
+        if isinstance(text, str) and (not text or "\0" in text or not exists(text)):
+            problems.append(((*where, key), f"no such file: {text}; should be {remedy}{relative_to(text)}"))
     return problems
 
 
@@ -180,12 +196,27 @@ def check_common(experiment: Common) -> list[str]:
     model = experiment.model
     return [
         *revision_problems(experiment),
+        *shots_problems(experiment),
         *head_problems(model),
         *adapter_problems(model),
         *strategy_problems(experiment),
         *attention_problems(model),
         *tracking_problems(experiment),
     ]
+
+
+def shots_problems(experiment: Common) -> list[str]:
+    """Return a line for each source whose shots could be held out."""
+    problems = []
+    for kind in KINDS:
+        value = getattr(experiment.data, kind)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, DataSource) and part.shots is not None and experiment.data.validation_fraction > 0.5:
+                problems.append(
+                    f"data.{kind}.shots: are drawn from the half of the rows that is never held out, and "
+                    f"data.validation_fraction is {experiment.data.validation_fraction:g}; set it to 0.5 or less"
+                )
+    return problems
 
 
 def revision_problems(experiment: Common) -> list[str]:

@@ -151,6 +151,12 @@ class ModelSettings(Section):
     chat_template_kwargs: dict[str, TemplateValue] | None = setting(
         None, "variables passed to the chat template every time, such as {enable_thinking: false}; null: none"
     )
+    control_tokens: list[str] | None = setting(
+        None,
+        "new tokens that say how good an answer is, from worst to best, as [<|bad|>, <|good|>]: the chat template's "
+        "generation prompt ends with the best one, and none is ever answered. sft.conditional teaches what they mean; "
+        "null: none",
+    )
     hidden_size: int = setting(128, "width of the model, from scratch", ge=1)
     num_hidden_layers: int = setting(5, "number of layers, from scratch", ge=1)
     num_attention_heads: int = setting(4, "attention heads, from scratch; must divide hidden_size", ge=1)
@@ -217,6 +223,27 @@ class DataSource(Section):
         1.0, "smallest ratio of the scores of a pair, for forms that count votes (SHP)", ge=1
     )
     tiers: list[str] = setting([], "names of the tiers, the best first, for tools whose labelers sort into buckets")
+    wordings: str | None = setting(
+        None,
+        "YAML file of wordings, by which the rows of a task ({premise, hypothesis, label}) become prompts and "
+        "responses (data/README.md); null: rows are read as they are",
+    )
+    wording_choice: Literal["one", "each"] = setting(
+        "one", "one: a wording a row, by a hash of the row and the wordings' weights; each: every row in every wording"
+    )
+    shots: int | None = setting(
+        None,
+        "rows that are shown, with their responses, before each prompt (few-shot), in the prompt's own wording; never "
+        "the row itself or one that is held out",
+        "rows",
+        ge=1,
+    )
+    shots_from: str | None = setting(
+        None, "file, folder or glob of rows that shots are drawn from; null: the source itself (demonstrations only)"
+    )
+    shots_as: Literal["turns", "text"] = setting(
+        "turns", "turns: shots are turns of the conversation, which are not learnt; text: a part of the prompt"
+    )
     on_bad_row: Literal["error", "drop"] = setting(
         "error", "error: a row with a mistake stops the stage; drop: it is left out and listed in left_out.jsonl"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.records import Demonstration, as_messages, prompt_key
 from data.streams import Stream, derive_seed, held_out
-from data.turns import conversation_key
+from data.turns import split_key
 from data.world.world import World
 from stages.evaluation.forms import Form, Query, make_query
 
@@ -60,7 +60,7 @@ def split_demonstrations(demonstrations: Sequence[Demonstration], fraction: floa
 
     This is sft's own split, whatever sft drops afterwards.
     """
-    return held_out([conversation_key(demonstration.prompt) for demonstration in demonstrations], fraction)
+    return held_out([split_key(demonstration) for demonstration in demonstrations], fraction)
 
 
 def first_of_each_prompt(demonstrations: Sequence[Demonstration], indices: Sequence[int]) -> list[int]:
@@ -99,7 +99,7 @@ def row_of(record: Any) -> dict[str, Any]:
     """Return the row of data of an evaluation prompt; of a demonstration its completion, too."""
     if isinstance(record, Demonstration):
         prompt = record.prompt if isinstance(record.prompt, str) else as_messages(record.prompt)
-        return {"prompt": prompt, "completion": record.completion}
+        return {**(record.extra or {}), "prompt": prompt, "completion": record.completion}
     return record.row()
 
 

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import json_value
 from stages.external.quiet import quiet_unless_at_terminal
 from stages.external.tasks import CODE
-from stages.models.soft_prompts import soft_prompt_ids, without_soft_prompt
+from stages.models.soft_prompts import unanswered_ids, without_soft_prompt
 
 BOOTSTRAPS = 1000
 """Resamples for the standard error of a metric that is no mean (F1, BLEU, perplexity)."""
@@ -84,7 +84,7 @@ def evaluate_model(
 
     prepare(tasks["tasks"].values(), asked.num_fewshot)
     hooks = [model.register_forward_pre_hook(lambda *_: poll())]
-    if soft_prompt_ids(model):
+    if unanswered_ids(model):
         hooks.append(model.register_forward_hook(exclude_soft_prompt))
     try:
         with quiet_unless_at_terminal():

@@ -21,7 +21,7 @@ from pipeline.launch.parallel import is_rank_zero
 from stages.models.adapter_folder import BASE, method_in, without_adapter, write_adapter
 from stages.models.families import original_routers
 from stages.models.remote_code import from_pretrained, is_remote, keep_code
-from stages.models.soft_prompts import soft_prompt_ids
+from stages.models.soft_prompts import unanswered_ids
 
 # Old names of the entries of `rope_parameters` that are not rope_theta and partial_rotary_factor.
 ROPE_NAMES = {
@@ -233,8 +233,8 @@ def generation_config(model: nn.Module, tokenizer: Any, temperature: float | Non
                None)  # fmt: skip
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": bos}
     ids["eos_token_id"] = end_tokens(tokenizer.eos_token_id, given.eos_token_id)
-    if soft_prompt := soft_prompt_ids(model):
-        ids["suppress_tokens"] = soft_prompt
+    if unanswered := unanswered_ids(model):
+        ids["suppress_tokens"] = unanswered
     if temperature is None:
         settings = {key: value for key, value in given.to_diff_dict().items() if not key.startswith("_")}
         kept = GenerationConfig(**{**settings, **ids})

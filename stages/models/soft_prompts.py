@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from data.conversations import encode_conversations
 from data.templates import has_own_method
 from pipeline.errors import UserError
+from stages.models.control_tokens import control_ids, control_ids_of
 from stages.models.head import EXCLUDED
 from stages.models.tokens import add_rows
 
@@ -148,6 +149,16 @@ def soft_prompt_of(folder: Path) -> list[int]:
     return list(config.get(IDS) or [])
 
 
+def unanswered_ids(model: nn.Module) -> list[int]:
+    """Return the ids that a model never answers with: its soft prompt and its control tokens."""
+    return soft_prompt_ids(model) + control_ids(model)
+
+
+def unanswered_ids_of(folder: Path) -> list[int]:
+    """Return the ids that a published model never answers with."""
+    return soft_prompt_of(folder) + control_ids_of(folder)
+
+
 def excluded_ids(model: nn.Module, device: Any) -> Tensor | None:
     """Return the ids (n,) that a model never answers with; None if there are none.
 
@@ -155,12 +166,13 @@ def excluded_ids(model: nn.Module, device: Any) -> Tensor | None:
         model: A causal language model.
         device: Device of the result.
     """
-    ids = soft_prompt_ids(model)
+    ids = unanswered_ids(model)
     return torch.tensor(ids, device=device) if ids else None
 
 
 def without_soft_prompt(model: nn.Module, logits: Tensor) -> Tensor:
-    """Return logits (…, V) that give the tokens of the model's soft prompt no probability."""
+    """Return logits (…, V) that give the tokens of its soft prompt, and control tokens, no
+    probability."""
     ids = excluded_ids(model, logits.device)
     return logits if ids is None else logits.index_fill(-1, ids, EXCLUDED)
 
@@ -178,8 +190,8 @@ def after_soft_prompt(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
     Raises:
         UserError: The model's context has no room for both.
     """
-    prompt = excluded_ids(model, ids.device)
-    if prompt is None:
+    prompt = torch.tensor(soft_prompt_ids(model), dtype=ids.dtype, device=ids.device)
+    if not len(prompt):
         return ids, 0
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and len(prompt) + ids.shape[1] > context:

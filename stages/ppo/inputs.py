@@ -10,7 +10,7 @@ from torch import nn
 
 from data.documents import wrap_documents
 from data.error_lines import shorten
-from data.records import prompt_key
+from data.records import own_text, prompt_key
 from data.streams import Stream, derive_seed
 from data.streams import held_out as hold_out
 from pipeline.errors import UserError
@@ -280,7 +280,7 @@ def load_prompts(
     prompts = (r.prompt for r in records)
     kept, ids, report = fit_prompts(tokenizer, prompts, places, limit, c.response_length)
     session.say(report.line("prompts"))
-    keys = [prompt_key(records[i].prompt) for i in kept]
+    keys = [prompt_key(own_text(records[i])) for i in kept]
     train, held = hold_out(keys, 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5)))
     if not held:
         raise UserError(

@@ -32,7 +32,7 @@ from pipeline.launch import parallel
 from stages.models.adapter_folder import is_adapter_folder, method_in
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
-from stages.models.soft_prompts import soft_prompt_of
+from stages.models.soft_prompts import unanswered_ids_of
 from stages.rollouts.engine import EngineLost, EngineSpec, Sampled, SampleRequest
 from stages.rollouts.handover import batches, handle_of, lora_arguments, shareable, write_adapter
 from stages.settings.rollout import no_vllm
@@ -195,7 +195,7 @@ class Vllm:
             "top_k": request.top_k,
             "top_p": request.top_p,
         }
-        if excluded := soft_prompt_of(self.options.model):
+        if excluded := unanswered_ids_of(self.options.model):
             message["excluded"] = excluded
         if self.options.sleeps and torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -53,7 +53,7 @@ class RequestFailed(Exception):
 
 def post_json(
     url: str,
-    body: Any,
+    value: Any,
     *,
     timeout: float,
     retries: int = 0,
@@ -65,7 +65,7 @@ def post_json(
 
     Args:
         url: The address, http or https.
-        body: What is sent.
+        value: What is sent.
         timeout: Seconds for an attempt, from connecting to the last byte.
         retries: Further attempts where the network or the server fails, after 1, 2, 4, … seconds.
         headers: Further headers. Their values are in no error.
@@ -75,11 +75,12 @@ def post_json(
     Raises:
         RequestFailed: If no attempt has brought an answer in JSON.
     """
-    content = json.dumps(body, allow_nan=False).encode()
+    content = json.dumps(value, allow_nan=False).encode()
     stop = threading.Event() if stop is None else stop
     for attempt in range(retries + 1):
         try:
-            return parse(attempt_once(url, content, timeout, dict(headers or {}), most_bytes))
+            body = attempt_once(url, content, timeout, dict(headers or {}), most_bytes)
+            return parse(body, headers or {})
         except RequestFailed as failed:
             if attempt == retries or not failed.again:
                 times = f" ({attempt + 1} attempts)" if attempt else ""
@@ -148,12 +149,12 @@ def attempt_once(url: str, content: bytes, timeout: float, headers: Mapping[str,
     return body
 
 
-def parse(body: bytes) -> Any:
-    """Return the JSON value of an answer."""
+def parse(body: bytes, headers: Mapping[str, str]) -> Any:
+    """Return the JSON value of an answer. Keys among the request's headers are in no error."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise RequestFailed(f"does not answer JSON: {excerpt(body)}", again=False) from None
+        raise RequestFailed(f"does not answer JSON: {excerpt(without_keys(body, headers))}", again=False) from None
 
 
 def refusal(error: urllib.error.HTTPError, headers: Mapping[str, str]) -> RequestFailed:
@@ -167,7 +168,7 @@ def refusal(error: urllib.error.HTTPError, headers: Mapping[str, str]) -> Reques
         body = error.read(4096)
     except (OSError, http.client.HTTPException):
         body = b""
-    text = f"answers HTTP {status}: {without_keys(reason_in(body), headers)}"
+    text = f"answers HTTP {status}: {reason_in(without_keys(body, headers))}"
     pause = error.headers.get("Retry-After") or ""
     return RequestFailed(
         text, status=status, pause=float(pause) if pause.isdecimal() else None, again=status in WORTH_RETRYING
@@ -195,11 +196,15 @@ def excerpt(body: bytes) -> str:
     return (text if len(text) <= SHOWN else f"{text[:SHOWN]}…") or "nothing"
 
 
-def without_keys(text: str, headers: Mapping[str, str]) -> str:
-    """Return a text without the keys of a request: a server may repeat them."""
+def without_keys(body: bytes, headers: Mapping[str, str]) -> bytes:
+    """Return the body of an answer without the keys of its request: a server may repeat them.
+
+    This comes before the body is shortened, which might leave half a key.
+    """
     for value in headers.values():
-        text = text.replace(value, "[key]").replace(value.removeprefix("Bearer "), "[key]")
-    return text
+        for secret in (value, value.removeprefix("Bearer ")):
+            body = body.replace(secret.encode(), b"[key]").replace(json.dumps(secret)[1:-1].encode(), b"[key]")
+    return body
 
 
 def reason_of(error: BaseException) -> str:

@@ -193,7 +193,7 @@ def is_conversation(row: Any) -> bool:
 
 def slices(count: int, parts: int) -> list[range]:
     """Return the indices of responses in at most so many ranges of about the same length."""
-    size = -(-count // parts)
+    size = max(1, -(-count // parts))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

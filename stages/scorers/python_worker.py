@@ -12,7 +12,6 @@ import ctypes
 import importlib.util
 import inspect
 import io
-import math
 import os
 import signal
 import sys
@@ -27,6 +26,9 @@ Columns = dict[str, list]
 """Name of a parameter → one entry for each response."""
 Outcome = dict[str, Any]
 """{"score": number or None, "parts": {name: number}}, or {"problem": why there is no number}."""
+
+LARGEST = 3.4e38
+"""The largest number that counts as finite: scores are float32."""
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that this process gets when its parent ends
 
@@ -78,6 +80,8 @@ def call(function: Callable[..., Any], columns: Columns, file: Path) -> list[Out
         answer = function(**arguments(function, columns))
         if inspect.isawaitable(answer):
             answer = result_of(answer)
+        if inspect.isgenerator(answer):  # the function's code runs only now
+            answer = list(answer)
     except (Exception, SystemExit) as error:
         raise CallFailed(f"raised {described(error, file)}") from error
     count = len(columns["responses"])
@@ -150,14 +154,14 @@ def outcome_of(answer: Any) -> Outcome:
 
 
 def number_of(value: Any) -> float | None:
-    """Return a value as a float, those of numpy and torch too; None if it is no finite number."""
+    """Return a value as a float, those of numpy and torch too; None if float32 has none such."""
     if not hasattr(value, "__float__"):
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array of several numbers
+    except Exception:  # an array of several numbers, or whatever a class of the user raises
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # false of NaN, too
 
 
 def described(error: BaseException, file: Path) -> str:

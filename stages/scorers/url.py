@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from pipeline.errors import UserError
-from stages.scorers.http import RequestFailed, key_headers, post_json
+from stages.scorers.http import RequestFailed, key_headers, post_json, without_keys
 from stages.scorers.records import Records, key_of
 from stages.scorers.scorer import ScorerDropped, ScoreRequest, ScorerLost, ScorerSpec, Scores
 from stages.scorers.threads import in_threads
@@ -103,7 +103,8 @@ class UrlScorer:
         except WrongAnswer as wrong:
             index = wrong.index if isinstance(wrong, WrongScore) else 0
             where = "for prompt" if isinstance(wrong, WrongScore) else "to the request that begins with prompt"
-            raise WrongAnswer(f"answers wrongly {where} {prompt_of(asked[index])}: {wrong}") from None
+            reason = without_keys(str(wrong).encode(), self.headers).decode()
+            raise WrongAnswer(f"answers wrongly {where} {prompt_of(asked[index])}: {reason}") from None
 
     def recorded(self, wanted: Mapping[str, Asked]) -> dict[str, Answer]:
         """Return the recorded answers among those that are wanted, by key."""

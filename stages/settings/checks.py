@@ -152,8 +152,8 @@ def over_context(experiment: "Experiment", stage: str, *lengths: str) -> list[st
     if experiment.model.name_or_path is not None:
         return []
     context = experiment.model.max_position_embeddings
-    options = {"from_scratch": True, "ahead": prefix_tokens(experiment, stage)}
-    return too_long_for(context, getattr(experiment, stage), stage, *lengths, **options)
+    section, ahead = getattr(experiment, stage), prefix_tokens(experiment, stage)
+    return too_long_for(context, section, stage, *lengths, from_scratch=True, ahead=ahead)
 
 
 def over_folder_context(experiment: "Experiment", stage: str, *lengths: str) -> list[str]:

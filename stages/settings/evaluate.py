@@ -18,6 +18,7 @@ from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.rounds import measured_files
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, names_of, scorer_files, scorer_problems
+from stages.settings.sft import learns_samples
 from stages.settings.training import TOO_LONG_PROMPT, TooLong
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def training_prompt_kinds(experiment: "Experiment") -> list[str]:
     kinds, stages = ["demonstrations"], needs(experiment)
     if "rm" in stages or "dpo" in stages:
         kinds.append("rankings" if experiment.data.rankings is not None else "prompts")
-    if "ppo" in stages:
+    if "ppo" in stages or learns_samples(experiment):
         kinds.append("prompts")
     return list(dict.fromkeys(kinds))
 

@@ -28,14 +28,18 @@ class _Changes(Section):
 def _unset(info: FieldInfo) -> tuple[Any, FieldInfo]:
     """Return a setting with null for its default."""
     info = copy.copy(info)
-    info.annotation, info.default = info.annotation | None, None
-    return info.annotation, info
+    annotation: Any = info.annotation
+    info.annotation, info.default = annotation | None, None
+    return annotation | None, info
 
 
 _FIELDS: dict[str, Any] = {name: _unset(info) for name, info in PeftSettings.model_fields.items()}
 PeftChanges = create_model("PeftChanges", __base__=_Changes, __doc__=_Changes.__doc__, **_FIELDS)
 
-StagePeft = PeftChanges | Literal["full"] | None  # type: ignore[valid-type]
+if TYPE_CHECKING:  # a checker of types cannot see the fields of a class that is made when it runs
+    StagePeft = _Changes | Literal["full"] | None
+else:
+    StagePeft = PeftChanges | Literal["full"] | None
 
 
 def peft_setting() -> Any:

@@ -92,6 +92,13 @@ weights of the language model are the base model's. They are read and never answ
 (`suppress_tokens` of `generation_config.json`). Other programs have to be told their ids, `soft_prompt_ids` of
 `config.json`, for example in vLLM as a `logit_bias` of -100 each.
 """
+CONTROL = """\
+## Control tokens
+
+The generation prompt of the chat template ends with `{best}`, which asks for a good answer; {others} before an answer
+ask for a worse one. They are read and never answered: `generate` leaves them out (`suppress_tokens` of
+`generation_config.json`). Other programs have to be told their ids, `control_token_ids` of `config.json`.
+"""
 INHERITED = ("base_model", "license", "license_name", "license_link", "datasets")
 
 
@@ -155,6 +162,7 @@ def card_text(provenance: Provenance, card: ModelCard) -> str:
         ),
         adapter_lines(card.adapter, is_scalar).lstrip("\n"),
         soft_prompt_lines(provenance),
+        control_token_lines(provenance),
         origin_lines(provenance, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
@@ -205,6 +213,14 @@ def soft_prompt_lines(provenance: Provenance) -> str:
     """Return the lines about the tokens of a soft prompt; "" without one."""
     soft_prompt = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
     return "" if soft_prompt is None else SOFT_PROMPT.format(count=soft_prompt.count)
+
+
+def control_token_lines(provenance: Provenance) -> str:
+    """Return the lines about control tokens; "" without any."""
+    names = provenance.model.control_tokens
+    if names is None:
+        return ""
+    return CONTROL.format(best=names[-1], others=", ".join(f"`{name}`" for name in names[:-1]))
 
 
 # -- origin --------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def parse(body: bytes) -> Batch:
             f"each for every response"
         )
     for index, response in enumerate(responses):
-        if not isinstance(response, str):
+        if not is_text(response):
             raise WrongRequest(f"responses[{index}] is not a text")
         if not isinstance(finished[index], bool):
             raise WrongRequest(f"finished[{index}] is neither true nor false")
@@ -123,6 +123,17 @@ def list_of(value: dict[str, Any], name: str) -> list[Any]:
     return value[name]
 
 
+def is_text(value: Any) -> bool:
+    """Return whether a JSON value is a text; JSON can write half of a letter, which is none."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def messages_of(prompt: Any, place: str) -> Messages:
     """Return a prompt as messages: a text is one message of the user.
 
@@ -130,13 +141,13 @@ def messages_of(prompt: Any, place: str) -> Messages:
         prompt: What the client sent.
         place: Its field, for error lines.
     """
-    if isinstance(prompt, str):
+    if is_text(prompt):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         raise WrongRequest(f"{place} is neither a text nor a list of messages")
     for index, message in enumerate(prompt):
         texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(is_text(text) for text in texts):
             raise WrongRequest(f"{place}[{index}] is no message; send {{role: TEXT, content: TEXT}}")
     return prompt
 

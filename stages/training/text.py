@@ -25,7 +25,7 @@ from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
 from stages.models.families import has_routers, routing_restored
 from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
-from stages.models.soft_prompts import soft_prompt_ids, trains_soft_prompt, without_soft_prompt
+from stages.models.soft_prompts import trains_soft_prompt, unanswered_ids, without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime
@@ -301,13 +301,13 @@ def make_trainer(
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
-    smoothing, has_soft_prompt = optimization.label_smoothing or 0.0, bool(soft_prompt_ids(model))
-    if smoothing and has_soft_prompt:  # smoothing gives each token of the vocabulary a share; these have none to get
+    smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))
+    if smoothing and are_left_out:  # smoothing gives each token of the vocabulary a share; these have none to get
         raise UserError(
-            "sft.label_smoothing: the tokens of the model's soft prompt have no probability, so labels cannot be "
-            "smoothed over the vocabulary; leave it out, or use another model.peft.method"
+            "sft.label_smoothing: the tokens of the model's soft prompt, or its control tokens, have no probability, "
+            "so labels cannot be smoothed over the vocabulary; leave it out, or use a model without such tokens"
         )
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or has_soft_prompt or smoothing:
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing:
         trainer_class = with_plain_loss(trainer_class, smoothing)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):

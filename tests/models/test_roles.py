@@ -51,7 +51,7 @@ def context(tmp_path, causal, scalar, tokenizer):
                 model=model,
                 launch=SimpleNamespace(device="cpu"),
                 sft=SimpleNamespace(ppo_init=None),
-                rm=SimpleNamespace(peft=None),
+                rm=SimpleNamespace(peft=None, base=None),
                 ppo=config,
             ),
             seed=0,

@@ -62,6 +62,18 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
         open_database(tmp_path, "test")
 
 
+@pytest.mark.parametrize("sign", ["ranked", "backups", "tokens.json"])
+def test_a_file_that_lost_everything_is_not_begun_anew(tmp_path, sign):
+    path = make(tmp_path)
+    path.write_bytes(b"")
+    open_database(tmp_path, "test").close()  # as after a kill while it was made: nothing says that it held anything
+    path.write_bytes(b"")
+    (path.parent / sign).mkdir()
+    with pytest.raises(UserError, match=f"damaged .it is empty, and {sign}"):
+        open_database(tmp_path, "test")
+    assert path.read_bytes() == b""
+
+
 def test_newer_tables_and_other_experiments_are_refused(tmp_path):
     path = make(tmp_path, 1)
     with pytest.raises(UserError, match="belongs to the experiment test, not to other"):

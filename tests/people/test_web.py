@@ -189,6 +189,13 @@ def test_two_servers_on_one_experiment_are_refused_by_host_and_process(tmp_path)
     assert path.read_text() == ""
 
 
+def test_a_server_that_ended_with_an_error_holds_nothing(tmp_path):
+    path = tmp_path / "rank.lock"
+    with pytest.raises(ValueError), hold(path, "rlhf rank"):
+        raise ValueError
+    assert path.read_text() == ""
+
+
 def test_a_server_of_another_host_counts_as_running(tmp_path):
     path = tmp_path / "rank.lock"
     path.write_text(json.dumps({"pid": 7, "host": "elsewhere", "address": ""}))

@@ -499,3 +499,13 @@ def test_a_flag_without_its_test_is_refused(capsys):
     assert "--limit does nothing without --lm-eval" in capsys.readouterr().err
     assert main(["evaluate"]) == 2
     assert "-c CONFIG is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["rank", "--tasks-only"], ["rank", "--export", "x"], ["playground", "--export", "x"]]
+)
+def test_new_tokens_for_no_page_are_refused(words, capsys):
+    from pipeline.cli import main
+
+    assert main([*words, "--new-tokens", "-c", "small.yaml"]) == 2
+    assert f"--new-tokens does nothing with {words[1]}" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_lengths_over_the_models_context_are_errors(tmp_path):
     lines = lengths_over_context(experiment, tmp_path)
     assert any(line.startswith("sft.max_length: 65 tokens is more than the model's context of 64") for line in lines)
     assert not any(line.startswith(("rm.max_length", "rankings.")) for line in lines)
-    other = experiment.model_copy(update={"model": SimpleNamespace(name_or_path="org/name")})
+    other = experiment.model_copy(update={"model": SimpleNamespace(name_or_path="org/name", peft=None)})
     assert lengths_over_context(other, tmp_path) == []
     published = tmp_path / "x/base/model"
     published.mkdir(parents=True)

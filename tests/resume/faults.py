@@ -298,7 +298,8 @@ def signals(chain: Chain, stage: str, kills: int):
                 expect(over, "it ignored the signal")
                 t.check_bytes()
                 return
-            early = ended.code in (-number, 130, 1) and after < BEFORE_HANDLERS  # before the handlers are installed
+            begun = after >= BEFORE_HANDLERS and ended.output.strip()  # a busy machine takes longer to say a word
+            early = ended.code in (-number, 130, 1) and not begun  # before the handlers are installed
             expect(ended.code == 75 or early, f"exit {ended.code} after signal {number}: {last_line(ended.output)}")
             expect(took <= GRACE, f"{took:.1f} s from the signal to the end")
             expect(not (t.work / "manifest.json").exists(), "it was stopped, but there is an artifact")

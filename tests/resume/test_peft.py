@@ -264,4 +264,5 @@ def learned(before, after, rank, bits):
         layer.weight.data = before
         before = Quantized(layer, bits).dequantized()
     values = torch.linalg.svdvals(after.double() - before.double())
-    return values[0], values[rank]
+    beyond = values[rank] if rank < len(values) else 0.0  # a narrow layer has no rank beyond
+    return values[0], beyond

@@ -84,6 +84,15 @@ def test_an_answer_that_breaks_off_is_asked_again():
         assert post_json(served.url, {}, timeout=5, retries=1, stop=Pauses()) == 7
 
 
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("before", [0, http.SHOWN - 5], ids=["whole", "half of it in the error line"])
+def test_a_key_that_an_answer_repeats_is_not_shown(status, before):
+    given = Given(b"." * before + KEY.encode(), status)
+    with serving(lambda *_: given) as served, pytest.raises(RequestFailed) as failed:
+        post_json(served.url, {}, timeout=5, headers={"Authorization": f"Bearer {KEY}"})
+    assert "[key" in str(failed.value) and "sk-" not in str(failed.value)
+
+
 def test_a_key_comes_from_the_environment_and_is_never_shown(monkeypatch):
     monkeypatch.setenv("REWARD_KEY", f"{KEY}\n")
     headers = key_headers("REWARD_KEY")

@@ -222,6 +222,8 @@ def test_settings_that_work():
         ({"mode": "pairwise", "scale": [0, 1]}, "scale: has no effect with mode: pairwise"),
         ({"scale": [3, 3]}, "scale: .* is empty"),
         ({"body": {"n": 2}}, "body: n is set here already"),
+        ({"body": {"Api_Key": "sk-1"}}, "body: contains Api_Key, which would reach artifacts"),
+        ({"body": {"top_p": float("nan")}}, "body: cannot be sent as JSON"),
         ({"base_url": None, "judge": "package:x", "temperature": 0.5}, "temperature: has no effect for a local model"),
         ({"on_failure": "drop"}, "on_failure: drop has no effect on a judge"),
     ],

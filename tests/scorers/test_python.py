@@ -151,6 +151,8 @@ WRONG = {
     'if right == "blue": exit(3)': "raised SystemExit: 3",
     'if right == "blue": scores.append(float("nan")); continue': "gave nan as score, which is not a finite number",
     'if right == "blue": scores.append("high"); continue': "gave 'high' as score, which is not a finite number",
+    'if right == "blue": scores.append(1e39); continue': "gave 1e+39 as score, which is not a finite number",
+    'if right == "blue": scores.append(type("R", (), {"__float__": len})()); continue': "as score, which is not a",
     'if right == "blue": scores.append({"points": 3}); continue': "gave {'points': 3}, which has no score",
 }
 
@@ -185,6 +187,19 @@ def test_an_answer_of_another_shape_is_refused_whatever_on_error_says(make, toke
     scorer = make(f"def score(responses):\n    return {answer}\n", on_error="score", **where)
     with pytest.raises(UserError, match="give a list with a number for each"):
         scorer.score(request_of(tokenizer))
+
+
+@BOTH
+def test_a_generator_that_raises_is_a_failure_of_the_function(make, tokenizer, where):
+    text = "def score(responses, answer):\n    for right in answer:\n        yield 1 / (right != 'blue')\n"
+    with pytest.raises(UserError, match=r"prompts\.jsonl:7: .* raised ZeroDivisionError: .* at line 3 of reward.py"):
+        make(text, **where).score(request_of(tokenizer))
+
+
+@BOTH
+def test_no_responses_have_no_scores(make, tokenizer, where):
+    scorer = make("def score(responses):\n    raise AssertionError\n", **where)
+    assert scorer.score(request_of(tokenizer, texts=[], rows=[], places=[])).total.tolist() == []
 
 
 HANGING = """

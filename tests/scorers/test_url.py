@@ -304,10 +304,10 @@ def test_the_key_is_sent_and_is_nowhere_else(request_of_three, tmp_path, monkeyp
         scorer_of(served.url, records=tmp_path, key_env="REWARD_KEY").score(request_of_three)
     assert served.headers[0]["Authorization"] == "Bearer sk-secret"
     assert all(b"sk-secret" not in path.read_bytes() for path in tmp_path.rglob("*.jsonl"))
-    refusal = Given({"error": "sk-secret is wrong"}, 403)
-    with serving(lambda *_: refusal) as served, pytest.raises(ScorerLost) as lost:
-        scorer_of(served.url, key_env="REWARD_KEY").score(request_of_three)
-    assert "sk-secret" not in str(lost.value)
+    for refusal in (Given({"error": "sk-secret is wrong"}, 403), Given({"error": "sk-secret is wrong"}, 200)):
+        with serving(lambda *_, given=refusal: given) as served, pytest.raises(ScorerLost) as lost:
+            scorer_of(served.url, key_env="REWARD_KEY").score(request_of_three)
+        assert "[key] is wrong" in str(lost.value)
 
 
 # -- settings --------------------------------------------------------------------------------------

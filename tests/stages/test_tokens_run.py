@@ -183,7 +183,7 @@ class TestPairs:
                 write_rows(tmp_path / stage / "no" / "train.jsonl", equal_pairs)
                 write_rows(tmp_path / stage / "no" / "validation.jsonl", equal_pairs)
                 chain.run(stage, tmp_path / stage / "none", *limits, inputs={"rankings": tmp_path / stage / "no"})
-        assert "left out" not in chain.run("rm", tmp_path / "whole", "rm.max_steps=1", "rm.max_length=96").said
+        assert "pairs left out" not in chain.run("rm", tmp_path / "whole", "rm.max_steps=1", "rm.max_length=96").said
 
 
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 40}

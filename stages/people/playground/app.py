@@ -120,8 +120,11 @@ def routes(state: State) -> list[Route]:
         return answer
 
     def setup(request: Request, _: dict[str, Any]) -> Response:
-        response = JSONResponse(setup_of(state))
-        if not request.cookies.get(PERSON):
+        is_known = bool(request.cookies.get(PERSON))
+        with state.database.read() as connection:
+            kept = collect.count(connection, person_of(request)) if is_known else 0
+        response = JSONResponse({**setup_of(state), "kept": kept})
+        if not is_known:
             set_cookie(response.headers, PERSON, secrets.token_urlsafe(18))
         return response
 
@@ -167,6 +170,10 @@ def routes(state: State) -> list[Route]:
             collect.delete(connection, request.path_params["id"])
         return {"ok": True}
 
+    def forget_all(request: Request, _: dict[str, Any]) -> dict[str, Any]:
+        with state.database.transaction() as connection:
+            return {"deleted": collect.delete_all(connection, person_of(request))}
+
     def health(_: Request, __: dict[str, Any]) -> dict[str, Any]:
         return {"ok": True}
 
@@ -180,6 +187,7 @@ def routes(state: State) -> list[Route]:
         Route("/api/reveal", endpoint(reveal), methods=["POST"]),
         Route("/api/answers/{id:int}/thumb", endpoint(thumb), methods=["POST"]),
         Route("/api/answers/{id:int}/correction", endpoint(correct), methods=["POST"]),
+        Route("/api/conversations/delete", endpoint(forget_all), methods=["POST"]),
         Route("/api/conversations/{id:int}/delete", endpoint(forget), methods=["POST"]),
     ]
 

@@ -188,7 +188,21 @@ def delete(connection: sqlite3.Connection, conversation: int) -> None:
     connection.execute("DELETE FROM conversations WHERE id = ?", (conversation,))
 
 
+def delete_all(connection: sqlite3.Connection, user_id: str) -> int:
+    """Delete every conversation of a person, and return how many they were."""
+    own = connection.execute("SELECT id FROM conversations WHERE user_id = ?", (user_id,)).fetchall()
+    for row in own:
+        delete(connection, row["id"])
+    return len(own)
+
+
 # -- reading -------------------------------------------------------------------------------------
+
+
+def count(connection: sqlite3.Connection, user_id: str) -> int:
+    """Return how many conversations of a person are kept."""
+    query = "SELECT count(*) AS number FROM conversations WHERE user_id = ?"
+    return int(connection.execute(query, (user_id,)).fetchone()["number"])
 
 
 def own_conversation(connection: sqlite3.Connection, conversation: int, user_id: str) -> sqlite3.Row:

@@ -1,5 +1,6 @@
 """Run `rlhf playground`: load the policies, serve the page, or export what people shared."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ def run(
         settings = settings.model_copy(update={"reward_model": None})
         experiment = experiment.model_copy(update={"playground": settings})
     folder = people_folder(base)
-    tokens = serving.load_tokens(folder / TOKENS, renew=new_tokens)
+    tokens = serving.load_tokens(folder / TOKENS)
     listener = serving.bind(settings.host, settings.port, "playground", last=tokens.port)
     address = serving.address_of(listener, settings.host)
     with listener, lock.hold(folder / LOCK, "rlhf playground"):
         lock.note_address(folder / LOCK, address)
+        if new_tokens:  # not before the lock: the addresses of a server that runs stay good
+            tokens = serving.load_tokens(folder / TOKENS, renew=True)
         serving.save_tokens(folder / TOKENS, serving.Tokens(tokens.page, tokens.lead, listener.getsockname()[1]))
         database = open_database(base, experiment.name)
         console.print(f"loading {', '.join(policies)}", style="dim", highlight=False)
@@ -129,8 +132,8 @@ def say_address(console: Any, address: str, token: str, policies: list[str]) -> 
 def export(experiment: Any, store: ArtifactStore, folder: Path, console: Any) -> int:
     """Write what people shared as files of rows: prompts, rankings, demonstrations, thumbs.
 
-    A file that is there already is replaced; without rows it becomes empty, and a new one is not
-    made.
+    A file of an earlier export is replaced; without rows it becomes empty, and a new one is not
+    made. Any other file is left alone: the names are those that people give their own data.
 
     Args:
         experiment: The validated experiment.
@@ -142,7 +145,8 @@ def export(experiment: Any, store: ArtifactStore, folder: Path, console: Any) ->
         The exit code.
 
     Raises:
-        UserError: Nobody has shared anything, or the folder cannot be written.
+        UserError: Nobody has shared anything, or the folder has files of these names that are no
+            export, or cannot be written.
     """
     database = open_existing(store.base, experiment.name)
     if database is None:
@@ -156,6 +160,9 @@ def export(experiment: Any, store: ArtifactStore, folder: Path, console: Any) ->
     if not any(rows.values()):
         raise UserError(f"{database.path}: nobody has shared a conversation yet; there is nothing to export")
     folder.mkdir(parents=True, exist_ok=True)
+    for name in rows:
+        if not is_export(path := folder / f"{name}.jsonl"):
+            raise UserError(f"{path}: exists, and no playground has written it; give another folder")
     for name, some in rows.items():
         path = folder / f"{name}.jsonl"
         if not some and not path.exists():
@@ -165,3 +172,15 @@ def export(experiment: Any, store: ArtifactStore, folder: Path, console: Any) ->
                 write(row)
         console.print(f"{path}: {len(some)} rows", highlight=False, soft_wrap=True)
     return 0
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a file may be replaced: it is not there, is empty, or an export wrote it."""
+    if not path.exists():
+        return True
+    with path.open("rb") as lines:
+        first = lines.readline()
+    try:
+        return not first.strip() or json.loads(first).get("source") == collect.ORIGIN
+    except (ValueError, AttributeError):
+        return False

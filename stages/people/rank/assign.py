@@ -92,7 +92,8 @@ def next_number(connection: sqlite3.Connection, labeler_id: int) -> int:
 def abandon(connection: sqlite3.Connection, rules: Rules, now: float) -> None:
     """Free the tasks that nobody has touched for long.
 
-    A task that was reopened to look at it again goes back to what was submitted.
+    A task that was reopened to look at it again goes back to what was submitted. A touch far in the
+    future is that of a clock that was wrong, and frees the task, too.
     """
     limit = now - rules.abandon_after
     connection.execute(
@@ -101,8 +102,8 @@ def abandon(connection: sqlite3.Connection, rules: Rules, now: float) -> None:
                WHEN id IN (SELECT assignment_id FROM verdicts WHERE skipped IS NOT NULL) THEN 'skipped'
                WHEN id IN (SELECT assignment_id FROM verdicts) THEN 'done'
                ELSE 'abandoned' END
-           WHERE state = 'open' AND touched < ?""",
-        (limit,),
+           WHERE state = 'open' AND (touched < ? OR touched > ?)""",
+        (limit, now + rules.abandon_after),
     )
 
 

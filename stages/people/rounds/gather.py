@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from stages.people.playground import collect
 from stages.people.rank import snapshots
 from stages.people.store.database import open_existing, people_folder
-from stages.settings.rounds import FOLDER
+from stages.settings.rounds import FOLDER, artifact
 
 Row = dict[str, Any]
 GATHERED = "gathered"
@@ -47,8 +48,10 @@ def gather(bases: Sequence[Path]) -> Gathered:
         bases: The folders of all rounds so far, the first one first.
 
     Raises:
-        UserError: A database is damaged, or of another experiment.
+        UserError: A database is damaged or of another experiment, or a round is not there any more.
     """
+    for base in bases:
+        check_whole(base)
     known = {kind: set(map(key_of, rows)) for kind, rows in taken_before(bases).items()}
     ids_before = {row["id"] for kind in (PAGE, "rankings") for row in taken_before(bases)[kind]}
     found, ids_now = Gathered(), set()
@@ -61,6 +64,21 @@ def gather(bases: Sequence[Path]) -> Gathered:
                     ids_now.add(row["id"])
     found.gone = ids_before - ids_now
     return found
+
+
+def check_whole(base: Path) -> None:
+    """Check that it is known what a round took: else its rankings would be gone, or taken twice.
+
+    Raises:
+        UserError: The round's folder is gone, or its stage rankings although there is a snapshot.
+    """
+    if not base.is_dir():
+        raise UserError(f"round.earlier: no such folder: {base}; put the artifacts of this round back, or correct it")
+    if (people_folder(base) / snapshots.FOLDER).is_dir() and artifact(base, "rankings") is None:
+        raise UserError(
+            f"{base}/rankings: is not there any more, and it alone knows which of people's rankings this round took; "
+            f"put it back, or run the stage rankings of this round again"
+        )
 
 
 def given(base: Path) -> dict[str, list[Row]]:

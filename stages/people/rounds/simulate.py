@@ -21,6 +21,8 @@ POLL = 0.2
 """Seconds after which a labeler who waits looks whether to stop."""
 SAY_EVERY = 5.0
 """Seconds between two lines of progress."""
+SIMULATED = " (simulated)"
+"""End of the name of a simulated labeler, by which people and they are told apart."""
 MOST_CODES = 100
 """Codes that are tried until one is free."""
 
@@ -185,7 +187,7 @@ def join(worker: Worker) -> str:
     for number in range(1, MOST_CODES):
         code = worker.name if number == 1 else f"{worker.name}-{number}"
         with suppress_status(409):
-            joined = worker.browser.ask("POST", "/api/labelers", {"name": f"{worker.name} (simulated)", "code": code})
+            joined = worker.browser.ask("POST", "/api/labelers", {"name": worker.name + SIMULATED, "code": code})
             return joined["key"]
     raise Refusal(409, {"error": f"code: {MOST_CODES} codes like {worker.name} are taken"})
 

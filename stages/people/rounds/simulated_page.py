@@ -15,7 +15,7 @@ from pipeline.store.artifacts import ArtifactStore
 from stages.people.rank import assign
 from stages.people.rank.rules import Rules
 from stages.people.rounds.opinions import SimulatedLabeler, names_of
-from stages.people.rounds.simulate import Counts, work
+from stages.people.rounds.simulate import SIMULATED, Counts, work
 from stages.people.store.database import Database, people_folder
 from stages.people.store.rows import Task, read_tasks
 from stages.people.web import serving
@@ -82,13 +82,14 @@ def serve(
         say: Prints a line.
 
     Raises:
-        UserError: No task is the world's.
+        UserError: No task is the world's, or people have ranked here.
         Interrupted: A signal came; run again to go on.
     """
     store.verify("world")
     world = World.from_json(json.loads((store.folder("world") / "world.json").read_text(encoding="utf-8")))
     path = people_folder(store.base) / FILE
     kept = read_kept(path)
+    refuse_people(database)
     tasks = world_tasks(world, database)
     noise = kept["noise"] = noise_of(experiment, store, kept, world, tasks, say)
     keep_in = partial(serving.write_private, path, kept)
@@ -144,6 +145,28 @@ def still_wanted(database: Database, rules: Rules) -> int:
 
 
 # -- what they keep, and their noise -------------------------------------------------------------
+
+
+def refuse_people(database: Database) -> None:
+    """Refuse to add simulated rankings to those of people: nobody could tell them apart later.
+
+    Args:
+        database: The experiment's database.
+
+    Raises:
+        UserError: Somebody else has ranked.
+    """
+    with database.read() as connection:
+        rows = connection.execute(
+            "SELECT DISTINCT labelers.name FROM verdicts JOIN assignments ON assignments.id = verdicts.assignment_id "
+            "JOIN labelers ON labelers.id = assignments.labeler_id"
+        ).fetchall()
+    people = [row["name"] for row in rows if not row["name"].endswith(SIMULATED)]
+    if people:
+        raise UserError(
+            f"--simulate: people have ranked in this experiment ({len(people):,}), and simulated rankings would mix "
+            f"with theirs; give the experiment another name, as in name=simulated"
+        )
 
 
 def read_kept(path: Path) -> dict[str, Any]:

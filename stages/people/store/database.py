@@ -93,6 +93,8 @@ def open_database(base: Path, name: str) -> Database:
     path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
+    if not is_new and not path.stat().st_size and (lost := held_something(folder)):
+        raise damaged(path, f"it is empty, and {lost} says that it was not")
     if is_new:
         path.touch(mode=0o600)
         files.fsync_folder(folder)
@@ -110,6 +112,14 @@ def open_database(base: Path, name: str) -> Database:
 def open_existing(base: Path, name: str) -> Database | None:
     """Open the database of an experiment; None if nobody has said anything yet."""
     return open_database(base, name) if (people_folder(base) / FILE).exists() else None
+
+
+def held_something(folder: Path) -> str | None:
+    """Return the name of what shows that an empty file has held something; None without a sign.
+
+    A process that was killed while it made the file leaves an empty one and nothing else.
+    """
+    return next((name for name in ("ranked", "backups", "tokens.json") if (folder / name).exists()), None)
 
 
 def connect(path: Path) -> sqlite3.Connection:

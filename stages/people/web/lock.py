@@ -41,8 +41,10 @@ def hold(path: Path, what: str) -> Iterator[None]:
                 f"file {path.name}"
             )
         write_holder(handle, {"pid": os.getpid(), "host": host, "started": time.time()})
-        yield
-        write_holder(handle, {})
+        try:
+            yield
+        finally:
+            write_holder(handle, {})
     finally:
         os.close(handle)
 

@@ -1,5 +1,6 @@
 """Declare the scorer `judge:`, a language model that grades a response or compares two."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from pipeline.config.section import setting
 from pipeline.config.sections import is_hub_id
 from stages.settings.scorers.common import ScorerSection, missing_key
 from stages.settings.scorers.model import COMMIT
-from stages.settings.scorers.url import address_problems
+from stages.settings.scorers.url import SECRET_NAMES, address_problems
 
 Mode = Literal["grade", "pairwise"]
 
@@ -145,6 +146,13 @@ class JudgeScorer(ScorerSection):
         for name in ("model", "messages", "stream", "n"):
             if name in self.body:
                 lines.append(f"{key}.body: {name} is set here already; leave it out")
+        for name in sorted(self.body):
+            if name.lower() in SECRET_NAMES:
+                lines.append(f"{key}.body: contains {name}, which would reach artifacts; name a variable with key_env")
+        try:
+            json.dumps(self.body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            lines.append(f"{key}.body: cannot be sent as JSON ({error}); give texts, numbers, true, false or null")
         return lines
 
     def _model_problems(self) -> list[str]:

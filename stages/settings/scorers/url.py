@@ -13,7 +13,7 @@ ONE_A_REQUEST = ("slime", "vllm")
 """Protocols that have one response in a request."""
 
 SECRET_NAMES = {"key", "api_key", "apikey", "api-key", "token", "access_token", "secret", "password"}
-"""Parameters of an address that hold what must not reach artifacts."""
+"""Parameters of an address, or fields of a request, that hold what must not reach artifacts."""
 
 
 class UrlScorer(ScorerSection):

@@ -16,6 +16,7 @@ from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages import evaluate
 from stages.evaluation.forms import form_of_base
+from stages.evaluation.judges import REWARD_MODEL
 from stages.evaluation.measuring import gold_scores, measure
 from stages.evaluation.results import perplexity_estimate
 from stages.evaluation.text import text_losses
@@ -78,8 +79,10 @@ def run(ctx: StageRun) -> dict:
     clusters = prompts.clusters
     if prompts.world is None:
         clusters = [f"prompt {i}" for i in range(len(prompts.prompts))]
+    scores = rows["scores"][REWARD_MODEL]  # the sweeps follow what PPO climbs; other judges are not read
     content = {
-        **{key: rows[key] for key in ("scores", "kl", "lengths", "finished")},
+        "scores": scores,
+        **{key: rows[key] for key in ("kl", "lengths", "finished")},
         "gold": gold,
         "clusters": clusters,
         "known": prompts.known_tasks,
@@ -87,7 +90,7 @@ def run(ctx: StageRun) -> dict:
         "perplexity": perplexity and perplexity["value"],
     }
     (ctx.publish / "samples.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    figures = {"score": _mean(rows["scores"]), "gold": gold and _mean(gold), "kl": _mean(rows["kl"])}
+    figures = {"score": _mean(scores), "gold": gold and _mean(gold), "kl": _mean(rows["kl"])}
     return figures | {"perplexity": content["perplexity"]}
 
 

@@ -93,6 +93,22 @@ def test_blind_comparison_correction_thumb_reload_and_delete(serve_playground, v
     assert rows(server, "SELECT count(*) FROM turns") == [(0,)]
 
 
+def test_what_was_shared_can_be_deleted_later_and_the_token_leaves_the_address(serve_playground, visit):
+    server = serve_playground()
+    window = visit(server)
+    window.get_by_label("Keep my conversations").check()
+    for text in ("one", "two"):
+        window.get_by_role("button", name="New conversation").click()
+        ask(window, text)
+    assert "token" not in window.url
+    later = window.context.new_page()  # a new window knows of no conversation
+    later.on("dialog", lambda dialog: dialog.accept())
+    later.goto(window.url)
+    later.get_by_role("button", name="Delete all that I shared (2 conversations)").click()
+    later.get_by_role("button", name="Delete all").wait_for(state="hidden")
+    assert rows(server, "SELECT count(*) FROM turns") == [(0,)]
+
+
 def test_whoever_turns_the_switch_begins_a_new_conversation(serve_playground, visit):
     server = serve_playground()
     window = visit(server)

@@ -115,8 +115,7 @@ def test_by_keyboard_alone(serve, visit):
     texts = window.locator(".card .text").all_inner_texts()
     press("2")  # the first answer; then the next one without a place is outlined
     press("1")
-    press("x")  # the third cannot be judged
-    press("j")
+    press("x")  # the third cannot be judged; on to the fourth
     press("=")  # the fourth is as good as the second
     press("b")
     is_saved(window)
@@ -130,6 +129,7 @@ def test_by_keyboard_alone(serve, visit):
 def test_arrow_keys_move_a_chip_and_the_focus_stays_on_it(serve, join):
     window = join(serve(ONE))
     place(window, RIGHT, 2)
+    assert card(window, RIGHT).locator(".state").inner_text() == "place 2"  # as the number pressed, also with gaps
     chip = slot(window, 2).locator(".chip")
     chip.focus()
     window.keyboard.press("ArrowDown")

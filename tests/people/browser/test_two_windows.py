@@ -69,7 +69,7 @@ def test_a_person_goes_on_in_another_browser(serve, join, visit):
     second.get_by_label("Your key").fill(key)
     second.get_by_role("button", name="Go on").click()
     second.get_by_role("button", name="Start ranking").click()
-    assert second.locator(".slot").nth(2).locator(".chip").count() == 1
+    second.locator(".slot").nth(2).locator(".chip").wait_for()
     assert len(server.rows("SELECT * FROM labelers")) == 1
 
 

@@ -46,11 +46,12 @@ def make_answerer(name, folder):
 def main(folder, options):
     """Serve until a signal comes."""
     names = options.pop("names", ["sft", "ppo"])
+    new_tokens = options.pop("new_tokens", False)
     answerers = {name: make_answerer(name, folder) for name in names}
     answering.chosen_policies = lambda _, store: dict.fromkeys(names, folder)
     answering.load = lambda *_: answering.Loaded(answerers, dict.fromkeys(names, "cpu"), True, lambda: None)
     store = SimpleNamespace(base=folder, manifest=lambda name: None)
-    return command.run(experiment_of(**options), store, Console(width=200))
+    return command.run(experiment_of(**options), store, Console(width=200), new_tokens=new_tokens)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,19 @@ def test_a_kept_conversation_becomes_rows_of_data(playground, ada, tmp_path):
         assert not found.errors and found.rows == 1
 
 
+def test_an_export_replaces_exports_and_no_other_file(playground, ada, tmp_path):
+    ask(ada, consent=True)
+    for _ in range(2):
+        assert command.export(playground.experiment, playground.store, tmp_path, Console(quiet=True)) == 0
+    own = tmp_path / "demonstrations.jsonl"
+    own.write_text('{"prompt": "a", "completion": "b"}\n')
+    before = (tmp_path / "prompts.jsonl").read_bytes()
+    ask(ada, consent=True)
+    with pytest.raises(UserError, match=r"demonstrations\.jsonl: exists, and no playground has written it"):
+        command.export(playground.experiment, playground.store, tmp_path, Console(quiet=True))
+    assert own.read_text().startswith('{"prompt": "a"') and (tmp_path / "prompts.jsonl").read_bytes() == before
+
+
 def test_what_a_person_takes_back_is_gone(playground, ada, tmp_path):
     found = ask(ada, policies=["sft", "ppo"], consent=True)
     answer, conversation = found["answers"][0]["id"], found["start"]["conversation"]
@@ -163,6 +176,18 @@ def test_what_a_person_takes_back_is_gone(playground, ada, tmp_path):
         assert playground.count(table) == 0
     with pytest.raises(UserError, match="nobody has shared"):
         command.export(playground.experiment, playground.store, tmp_path / "out", Console(quiet=True))
+
+
+def test_a_person_can_take_back_everything_later(playground, ada):
+    for _ in range(2):
+        answers = ask(ada, policies=["sft", "ppo"], consent=True)["answers"]
+        ada.post(f"/api/answers/{answers[0]['id']}/thumb", json={"up": True})
+    bob = playground.person()
+    ask(bob, consent=True)
+    assert ada.get("/api/setup").json()["kept"] == 2 and bob.get("/api/setup").json()["kept"] == 1
+    assert ada.post("/api/conversations/delete", json={}).json() == {"deleted": 2}
+    assert playground.count("conversations") == 1 and playground.count("thumbs") == 0
+    assert ada.get("/api/setup").json()["kept"] == 0
 
 
 def test_nobody_reaches_what_is_somebody_elses(playground, ada):

@@ -96,9 +96,11 @@ def test_a_signal_ends_answers_and_the_server(server, number):
 
 
 def test_a_second_server_is_refused_and_a_killed_one_starts_again_at_the_same_address(server, tmp_path):
-    command = [sys.executable, str(ROOT / "tests/people/playground/server.py"), str(tmp_path), "{}"]
+    command = [sys.executable, str(ROOT / "tests/people/playground/server.py"), str(tmp_path), '{"new_tokens": true}']
+    before = (tokens := next(tmp_path.rglob("playground-tokens.json"))).read_bytes()
     second = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert second.returncode != 0 and f"process {server.process.pid}" in second.stderr and "in use" not in second.stderr
+    assert tokens.read_bytes() == before  # what is refused changes nothing
     ada, page = person(server), server.address
     ada.post("/api/ask", json={"text": "hello", "policies": ["sft"], "consent": True})
     server.stop(signal.SIGKILL)

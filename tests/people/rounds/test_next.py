@@ -265,3 +265,31 @@ def test_status_says_which_round_it_is_and_what_follows(talk):
     assert status_lines(talk.base, first) == ["round 2 follows: talk-r2"]
     (line,) = status_lines(talk.folder / "artifacts/talk-r2", second)
     assert line == "round 2, after talk: taken of people (rankings 1); 5 rankings of earlier rounds stay"
+
+
+def test_status_says_what_changed_in_earlier_rounds(talk):
+    talk.rlhf()
+    second, base = api.load_experiment("talk-r2.yaml"), talk.folder / "artifacts/talk-r2"
+    assert len(status_lines(base, second)) == 1
+    (talk.base / "ppo/manifest.json").write_text(json.dumps({"digest": "another", "config": {}}))
+    (talk.base / "rm/manifest.json").unlink()
+    assert status_lines(base, second)[1] == "round 1: rm, ppo changed or went away since this round was made"
+    talk.base.rename(talk.folder / "away")
+    assert "artifacts/talk is not there" in status_lines(base, second)[1]
+
+
+def test_a_round_whose_earlier_rounds_are_not_whole_is_refused(talk):
+    talk.rank("prompt 6")
+    database = talk.database()
+    snapshots.take(talk.base, "talk", database)
+    database.close()
+    (talk.base / "rankings/manifest.json").unlink()
+    code, _, err = talk.rlhf()
+    assert code == 2 and err.count("\n") == 1 and "artifacts/talk/rankings: is not there any more" in err
+    assert not (talk.folder / "artifacts/talk-r2").exists()
+    talk.publish("rankings")
+    assert talk.rlhf()[0] == 0
+    config_of = talk.folder / "talk-r2.yaml"
+    config_of.write_text(config_of.read_text().replace("- artifacts/talk\n", "- artifacts/elsewhere\n"))
+    code, _, err = talk.rlhf(config="talk-r2.yaml")
+    assert code == 2 and err.count("\n") == 1 and "round.earlier: no such folder: artifacts/elsewhere" in err

@@ -328,6 +328,17 @@ def test_tasks_of_another_world_are_refused(make_page, world):
         simulated_page.world_tasks(world, page.database)
 
 
+def test_they_do_not_mix_with_people(make_page):
+    page = make_page(rules=ONCE, tasks=3)
+    person = page.labeler("Ada")
+    other = page.labeler("ben (simulated)")
+    assert other.rank(other.next()["assignment"]).status_code == 200
+    simulated_page.refuse_people(page.database)  # Ada has signed in, and said nothing yet
+    assert person.rank(person.next()["assignment"]).status_code == 200
+    with pytest.raises(UserError, match=r"people have ranked in this experiment \(1\)"):
+        simulated_page.refuse_people(page.database)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "simulated.json").write_text("[1]")
     with pytest.raises(UserError, match="is no file of simulated labelers"):

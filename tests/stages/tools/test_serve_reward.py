@@ -149,6 +149,8 @@ def test_a_folder_is_served_too(server, store):
         ({"prompts": ["hi"], "responses": [3]}, "responses[0] is not a text"),
         ({"prompts": ["hi"], "responses": ["a"], "finished": [1]}, "finished[0] is neither true nor false"),
         ({"prompts": ["hi"], "responses": ["a"], "finished": None}, "finished is missing or not a list"),
+        ({"prompts": ["hi"], "responses": ["\ud83d"]}, "responses[0] is not a text"),
+        ({"prompts": ["\ud83d"], "responses": ["a"]}, "prompts[0] is neither a text nor a list of messages"),
         ({"prompts": [3], "responses": ["a"]}, "prompts[0] is neither a text nor a list of messages"),
         ({"prompts": [[]], "responses": ["a"]}, "prompts[0] is neither a text nor a list of messages"),
         ({"prompts": [[{"role": "user"}]], "responses": ["a"]}, "prompts[0][0] is no message"),

@@ -8,6 +8,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 let setup = null;
 let running = null;
 let conversation = null; // number of a conversation that is kept
+let kept = 0; // conversations of this browser that are kept, this one included
 let exchanges = [];
 let views = [];
 
@@ -100,11 +101,14 @@ function refresh() {
   find("system").disabled = find("kind").disabled = some;
   find("fixed").hidden = !some;
   find("blind").disabled = chosen().length < 2;
-  find("consent").disabled = find("new").disabled = find("delete").disabled = isRunning;
+  find("consent").disabled = find("new").disabled = find("delete").disabled = find("delete-all").disabled = isRunning;
   const isKept = conversation !== null;
   document.querySelector(".consent").classList.toggle("on", checked("consent"));
   find("kept").textContent = isKept ? "This conversation is kept." : some ? "This conversation is not kept; feedback on answers needs the switch." : "";
   find("delete").hidden = !isKept;
+  const others = kept - (isKept ? 1 : 0);
+  find("delete-all").hidden = others < 1;
+  find("delete-all").textContent = `Delete all that I shared (${kept === 1 ? "1 conversation" : `${kept} conversations`})`;
   remember();
 }
 
@@ -146,6 +150,7 @@ async function send(text, sent) {
   const heard = (event) => {
     const answer = exchange?.answers[event.side];
     if (event.type === "start") {
+      if (event.conversation && event.conversation !== conversation) kept += 1;
       conversation = event.conversation ?? null;
       const names = event.names ?? Array(event.sides).fill(null);
       exchange = {
@@ -227,6 +232,18 @@ function listen() {
   find("delete").addEventListener("click", async () => {
     try {
       await post(`/api/conversations/${conversation}/delete`);
+      kept -= 1;
+      begin();
+      say("deleted");
+    } catch (error) {
+      report(error.message);
+    }
+  });
+  find("delete-all").addEventListener("click", async () => {
+    if (!confirm(`${find("delete-all").textContent}? Nothing brings them back.`)) return;
+    try {
+      await post("/api/conversations/delete");
+      kept = 0;
       begin();
       say("deleted");
     } catch (error) {
@@ -238,12 +255,14 @@ function listen() {
 async function start() {
   try {
     setup = await get("/api/setup");
+    kept = setup.kept;
   } catch (error) {
     find("empty").hidden = true;
     report(error.message);
     find("send").disabled = true;
     return;
   }
+  if (location.search) history.replaceState(null, "", location.pathname); // the token opens the page: it stays in no address bar
   const talk = read(sessionStorage, "talk");
   fill();
   if (Array.isArray(talk.exchanges)) {

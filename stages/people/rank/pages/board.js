@@ -1,7 +1,7 @@
 // The ranking as it stands: one line a place, with the answers in it. Also where a dragged answer goes.
 
 import { make } from "./dom.js";
-import { placeOf, unjudged } from "./draft.js";
+import { slotOf, unjudged } from "./draft.js";
 import { snippet } from "./text.js";
 
 /**
@@ -19,8 +19,8 @@ export function makeBoard(answers, act) {
 
   function chip(id, draft) {
     const answer = answers.find((other) => other.id === id);
-    const place = placeOf(draft, id);
-    const said = draft.set_aside.includes(id) ? "cannot judge" : place === null ? "no place yet" : `place ${place}`;
+    const slot = slotOf(draft, id);
+    const said = draft.set_aside.includes(id) ? "cannot judge" : slot < 0 ? "no place yet" : `place ${slot + 1}`;
     const element = make("button", {
       type: "button", class: "chip", "data-drag": id, "aria-label": `Answer ${answer.label}, ${said}`,
       title: "Drag it, move it with the arrow keys, or press it to see the answer",

@@ -1,7 +1,7 @@
 // One answer on the page: its text, its place, and what can be done with it.
 
 import { button, make } from "./dom.js";
-import { placeOf, slotOf } from "./draft.js";
+import { slotOf } from "./draft.js";
 import { textBlock } from "./text.js";
 
 /** Return what a screen reader and the card say about an answer's place. */
@@ -11,7 +11,7 @@ export function describePlace(draft, answer, answers) {
   if (slot < 0) return "no place yet";
   const others = draft.tiers[slot].filter((id) => id !== answer.id)
     .map((id) => answers.find((other) => other.id === id).label).sort();
-  const place = `place ${placeOf(draft, answer.id)}`;
+  const place = `place ${slot + 1}`;
   return others.length === 0 ? place : `${place}, same as ${others.join(" and ")}`;
 }
 

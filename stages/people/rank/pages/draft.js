@@ -18,13 +18,6 @@ export function slotOf(draft, answer) {
   return draft.tiers.findIndex((tier) => tier.includes(answer));
 }
 
-/** Return the place that counts: how many used slots stand above, plus 1; null without a slot. */
-export function placeOf(draft, answer) {
-  const slot = slotOf(draft, answer);
-  if (slot < 0) return null;
-  return draft.tiers.slice(0, slot).filter((tier) => tier.length > 0).length + 1;
-}
-
 /** Return the answers that have neither a slot nor been set aside. */
 export function unjudged(draft, answers) {
   return answers.filter((answer) => slotOf(draft, answer) < 0 && !draft.set_aside.includes(answer));

@@ -7,7 +7,7 @@ import { openSame, openSkip } from "./dialogs.js";
 import { button, make, say } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
 import { enableDragging } from "./drag.js";
-import { padded, placeOf, slotOf, unjudged } from "./draft.js";
+import { padded, slotOf, unjudged } from "./draft.js";
 import { makeSaver, unsent } from "./saving.js";
 import { isJudged, makeSingleStep } from "./steps.js";
 import { snippet, textBlock } from "./text.js";
@@ -111,7 +111,7 @@ export function showTask(main, assignment, around) {
     place: (id, slot) => slotOf(draft, id) !== slot && move("place", { answer: id, tier: slot }),
     askSame: (id) => {
       const placed = answers.filter((other) => other.id !== id && slotOf(draft, other.id) >= 0)
-        .map((other) => ({ id: other.id, label: other.label, place: placeOf(draft, other.id), words: snippet(other.text) }));
+        .map((other) => ({ id: other.id, label: other.label, place: slotOf(draft, other.id) + 1, words: snippet(other.text) }));
       if (placed.length === 0) return;
       openSame(labelOf(id), placed, (as) => slotOf(draft, id) !== slotOf(draft, as) && move("same", { answer: id, as }));
     },
@@ -219,9 +219,8 @@ export function showTask(main, assignment, around) {
     card.scrollIntoView({ block: card.offsetHeight > innerHeight * 0.6 ? "start" : "nearest" });
   }
 
-  /** Give the current answer a place, and go on to the next one that has none. */
-  function placeByKey(slot) {
-    act.place(current, slot);
+  /** Go on to the next answer that has not been judged. */
+  function goOn() {
     const from = ids.indexOf(current);
     const order = [...ids.slice(from + 1), ...ids.slice(0, from)];
     const next = order.find((id) => unjudged(draft, ids).includes(id));
@@ -241,9 +240,15 @@ export function showTask(main, assignment, around) {
     if (control && event.key === "Enter") trySubmit();
     else if (control && event.key.toLowerCase() === "z" && !focus.matches("textarea, input[type=text]")) saver.move("undo");
     else if (control || event.altKey || !around.keysOn() || focus.matches("textarea, select, input:not([type=radio])")) return false;
-    else if (/^[1-9]$/.test(event.key) && Number(event.key) <= ids.length) placeByKey(Number(event.key) - 1);
+    else if (/^[1-9]$/.test(event.key) && Number(event.key) <= ids.length) {
+      act.place(current, Number(event.key) - 1);
+      goOn();
+    }
     else if (["0", "Backspace", "Delete"].includes(event.key)) act.clear(current);
-    else if (event.key === "x") act.aside(current);
+    else if (event.key === "x") {
+      act.aside(current);
+      if (draft.set_aside.includes(current)) goOn();
+    }
     else if (event.key === "=") act.askSame(current);
     else if (event.key === "c") act.compare(current);
     else if (event.key === "u") saver.move("undo");
