@@ -515,7 +515,7 @@ def cells(method: str, stage: str, rows: Sequence[dict]) -> list[str]:
         f"{rows[0]['trained']:,}",
         f"{100 * rows[0]['trained'] / rows[0]['parameters']:.3g} %",
         f"{max(row['peak_gb'] for row in rows):.2f}",
-        f"{median(row['cpu_seconds_a_step'] for row in rows):.2f}",
+        f"{rows[0]['cpu_seconds_a_step']:.2f}" if "cpu_seconds_a_step" in rows[0] else "–",
         f"{rate:g}{mark}",
         f"{median(row['before']['loss'] for row in rows):.4f}",
         with_interval(over_seeds([row["held_out"]["loss"] for row in rows]), 4),
