@@ -21,6 +21,7 @@ YAML_REMEDY = "close every bracket and quote, indent with spaces, and quote text
 _NULL = re.compile(r"|~|null|Null|NULL")
 _TRUE, _FALSE = re.compile("true|True|TRUE"), re.compile("false|False|FALSE")
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+_PASSWORD = re.compile(r"://[^/@\s]*@")  # the user and password of an address
 _FLOAT = re.compile(
     r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
 )
@@ -183,7 +184,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
 
 def _apply(override: str, tree: Tree) -> None:
     """Set `a.b.c=value` in the tree; the value is parsed as YAML."""
-    where = f"override {override}"
+    where = f"override {_PASSWORD.sub('://…@', override)}"  # error lines get into logs
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))
     if not equals or not all(path):

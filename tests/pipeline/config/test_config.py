@@ -246,3 +246,10 @@ def test_describe():
     assert rows["ppo.targets"][0] == "all or list of text" and rows["ppo.whiten"][1] == "false"
     model = {row.key: row.default for row in describe(Experiment.model_fields["model"].annotation, "model")}
     assert model["model.peft"] == "null" and model["model.peft.r"] == "16"
+
+
+def test_a_password_in_an_address_is_in_no_error_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: x\n")
+    tree = read_tree(tmp_path / "c.yaml", ["ppo.rewards=[{url: 'http://user:secret@host/score'", "ppo.kl_coef"])
+    said = " ".join([*tree.problems, *map(str, tree.origins.values())])
+    assert "secret" not in said and "host/score" in said and "should be key=value" in said
