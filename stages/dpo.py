@@ -56,7 +56,7 @@ from stages.training.trainee import trainee_of
 
 @dataclass(frozen=True)
 class Counts:
-    """What losses and figures of a batch are divided by."""
+    """Hold the counts by which the losses and figures of a batch are divided."""
 
     prompts: int
     """Prompts of the batch."""

@@ -50,7 +50,7 @@ NEWEST = ("ppo", "dpo")
 
 @dataclass(frozen=True)
 class RoundFolders:
-    """Where the artifacts of a round are."""
+    """Hold the folders of a round's artifacts."""
 
     number: int
     """The number of the round."""
@@ -244,7 +244,7 @@ def agreement(rankings: Sequence[Ranking]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a judge gives the samples of one policy."""
+    """Hold the scores that a judge gives the samples of one policy."""
 
     values: list[list[float]]
     """(P, S) values."""

@@ -21,7 +21,6 @@ existing results. --quick runs everything in seconds with a model of a few thous
 """
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -32,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, n
 
 from sweeps.estimates import differences_over_seeds, over_seeds
 from sweeps.points import provenance, save_rows
-from sweeps.runner import make_parser, parse_arguments, run_command
+from sweeps.runner import make_parser, parse_arguments, run_command, run_rlhf
 from sweeps.text import markdown, with_interval
 
-from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 
@@ -84,18 +82,13 @@ def run(argv: list[str], stop: StopFlag) -> None:
         samples, n = args.sizes["samples"], best_of(args.sizes)
         wanted = [f"ppo.total_episodes={samples}", f"evaluate.best_of={n}", "evaluate.samples_per_prompt=2"]
         wanted += ["evaluate.policies=[sft,ppo,best_of_n]", f"evaluate.num_prompts={args.sizes['evaluation_prompts']}"]
-        rlhf(args, stop, "evaluate", store.base.name, seed, [*args.sizes["common"], *wanted])
+        common = [f"seed={seed}", *args.sizes["common"]]
+        run_rlhf(args, stop, "evaluate", store.base.name, [*common, *wanted, *args.overrides])
         found = [evaluated(store, way) for way in REFERENCES]
         for way in args.ways:
             variant = ArtifactStore(args.artifacts, f"{store.base.name}-{way}")
-            rlhf(
-                args,
-                stop,
-                "sft",
-                variant.base.name,
-                seed,
-                [*args.sizes["common"], *settings_of(args.sizes, store, way)],
-            )
+            options = [*common, *settings_of(args.sizes, store, way), *args.overrides]
+            run_rlhf(args, stop, "sft", variant.base.name, options)
             found.append(measured(args, store, variant, way))
         for row in found:
             row |= {"bench": "conditional", "experiment": args.name, "seed": seed, "overrides": args.overrides}
@@ -150,25 +143,6 @@ def settings_of(sizes: dict[str, Any], store: ArtifactStore, way: str) -> list[s
         f"sft.conditional.rounds={rounds}",
         f"sft.conditional.response_length={sizes['response_length']}",
     ]
-
-
-def rlhf(args: Namespace, stop: StopFlag, stage: str, name: str, seed: int, options: list[str]) -> None:
-    """Bring a stage of an experiment up to date.
-
-    Args:
-        args: The command line.
-        stop: Set by a signal.
-        stage: The stage.
-        name: Name of the experiment.
-        seed: Its seed.
-        options: Its own settings; those of the command line come after them.
-    """
-    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    words += ["run", stage, "-c", args.config, "--artifacts", args.artifacts]
-    words += [f"name={name}", f"seed={seed}", *options, *args.overrides]
-    code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
-    if code:
-        raise Interrupted() if stop.requested else UserError(f"{name}: ended with exit code {code}; see above")
 
 
 # -- figures ---------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ of existing results.
 """
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, n
 
 from sweeps.estimates import over_seeds
 from sweeps.points import provenance, save_rows, seconds_of
-from sweeps.runner import make_parser, parse_arguments, run_command
+from sweeps.runner import make_parser, parse_arguments, run_command, run_rlhf
 from sweeps.text import markdown, with_interval
 
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.numbers import fixed
@@ -51,12 +50,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     rows = []
     for seed in args.seeds:
         name = f"{args.name}-seed{seed}"
-        words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-        words += ["run", "report", "-c", args.config, "--artifacts", args.artifacts]
-        words += [f"name={name}", f"seed={seed}", *args.overrides]
-        code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
-        if code:
-            raise Interrupted() if stop.requested else UserError(f"seed {seed}: ended with exit code {code}; see above")
+        run_rlhf(args, stop, "report", name, [f"seed={seed}", *args.overrides], called=f"seed {seed}")
         row = line(ArtifactStore(args.artifacts, name), args, seed)
         save_rows(args.results / "demo_seeds.jsonl", [row], lambda row: (row["experiment"], row["seed"]))
         print(json.dumps(row), flush=True)

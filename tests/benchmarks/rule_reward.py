@@ -13,7 +13,6 @@ so on. Run it again to resume after an interruption, or to print the table of ex
 
 import json
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -25,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, n
 
 from sweeps.estimates import over_seeds
 from sweeps.points import provenance, save_rows
-from sweeps.runner import make_parser, parse_arguments, run_command
+from sweeps.runner import make_parser, parse_arguments, run_command, run_rlhf
 from sweeps.text import markdown, with_interval
 
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 
@@ -49,12 +48,12 @@ def run(argv: list[str], stop: StopFlag) -> None:
     rows = []
     for seed in args.seeds:
         shared = f"{args.name}-seed{seed}"
-        rlhf(args, stop, "sft", shared, seed, [])
+        run_rlhf(args, stop, "sft", shared, [f"seed={seed}", *args.overrides])
         for advantage in args.advantages:
             name = f"{shared}-{advantage}"
             if not (Path(args.artifacts) / name).exists():
                 shutil.copytree(Path(args.artifacts) / shared, Path(args.artifacts) / name)
-            rlhf(args, stop, "ppo", name, seed, OPTIONS[advantage])
+            run_rlhf(args, stop, "ppo", name, [f"seed={seed}", *OPTIONS[advantage], *args.overrides])
             row = line(ArtifactStore(args.artifacts, name), args, seed, advantage)
             save_rows(args.results / "rule_reward.jsonl", [row], lambda row: (row["advantage"], row["seed"]))
             print(json.dumps(row), flush=True)
@@ -75,25 +74,6 @@ def parse(argv: list[str]) -> Namespace:
         raise UserError(f"{args.config}: no such file")
     args.name = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))["name"]
     return args
-
-
-def rlhf(args: Namespace, stop: StopFlag, stage: str, name: str, seed: int, options: list[str]) -> None:
-    """Bring a stage of an experiment up to date.
-
-    Args:
-        args: The command line.
-        stop: Set by a signal.
-        stage: The stage.
-        name: Name of the experiment.
-        seed: Its seed.
-        options: Its own settings; those of the command line come after them.
-    """
-    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    words += ["run", stage, "-c", args.config, "--artifacts", args.artifacts]
-    words += [f"name={name}", f"seed={seed}", *options, *args.overrides]
-    code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
-    if code:
-        raise Interrupted() if stop.requested else UserError(f"{name}: ended with exit code {code}; see above")
 
 
 def line(store: ArtifactStore, args: Namespace, seed: int, advantage: str) -> dict:

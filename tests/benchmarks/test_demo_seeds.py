@@ -151,7 +151,7 @@ def test_a_failing_chain_ends_the_run(tmp_path, monkeypatch, capsys):
     """Each seed is a run of `rlhf` with the seed, its own name and the given settings."""
     commands = []
     monkeypatch.setattr(
-        demo_seeds.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=3)
+        "subprocess.run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=3)
     )
     argv = ["-c", str(HERE.parent / "resume" / "micro.yaml"), "--artifacts", str(tmp_path), "ppo.kl_coef=1"]
     assert demo_seeds.run_command(demo_seeds.run, argv) == 2

@@ -25,7 +25,6 @@ interruption. `--quick` runs one seed of the micro chain, in seconds, to show th
 
 import json
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -40,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, n
 
 from sweeps.estimates import differences_over_seeds, over_seeds
 from sweeps.points import provenance, save_rows
-from sweeps.runner import make_parser, parse_arguments, run_command
+from sweeps.runner import make_parser, parse_arguments, run_command, run_rlhf
 from sweeps.text import markdown, with_interval
 
 from data.streams import derive_seed
 from data.world.labelers import LABELERS
 from data.world.world import World
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 
@@ -85,7 +84,8 @@ def on_seed(args: Namespace, stop: StopFlag, seed: int, responses: int) -> list[
         responses: Responses of a training ranking.
     """
     name, rows = f"{args.name}-ties-seed{seed}", []
-    rlhf(args, stop, "rankings", name, seed, SHARED)
+    settings = [f"seed={seed}", *args.overrides]
+    run_rlhf(args, stop, "rankings", name, [*settings, *SHARED])
     shared = ArtifactStore(args.artifacts, name)
     world = World.from_json(json.loads((shared.folder("world") / "world.json").read_text(encoding="utf-8")))
     noise = shared.manifest("rankings")["metrics"]["noise"]
@@ -100,7 +100,8 @@ def on_seed(args: Namespace, stop: StopFlag, seed: int, responses: int) -> list[
             if not own.folder(stage).exists():
                 shutil.copytree(shared.folder(stage), own.folder(stage))
         options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false", *WORLD]
-        rlhf(args, stop, "rm", own.base.name, seed, [*options, f"rm.loss_type={loss}", *steps_of(args, train)])
+        options += [f"rm.loss_type={loss}", *steps_of(args, train)]
+        run_rlhf(args, stop, "rm", own.base.name, [*settings, *options])
         row = line(own, args, seed, responses, loss, train, held, world)
         save_rows(args.results / "ties.jsonl", [row], lambda row: (row["responses"], row["loss"], row["seed"]))
         print(json.dumps(row), flush=True)
@@ -135,25 +136,6 @@ def steps_of(args: Namespace, train: list[dict]) -> list[str]:
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     steps = round(args.passes * len(train) / batch)
     return [f"rm.max_steps={steps}", f"rm.eval_steps={steps}"]
-
-
-def rlhf(args: Namespace, stop: StopFlag, stage: str, name: str, seed: int, options: list[str]) -> None:
-    """Bring a stage of an experiment up to date.
-
-    Args:
-        args: The command line.
-        stop: Set by a signal.
-        stage: The stage.
-        name: Name of the experiment.
-        seed: Its seed.
-        options: Its own settings; those of the command line come before them.
-    """
-    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    words += ["run", stage, "-c", args.config, "--artifacts", args.artifacts]
-    words += [f"name={name}", f"seed={seed}", *args.overrides, *options]
-    code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
-    if code:
-        raise Interrupted() if stop.requested else UserError(f"{name}: ended with exit code {code}; see above")
 
 
 # -- coarse labelers -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a conversation a question is asked."""
+    """Locate a question in a conversation."""
 
     conversation: int
     """Number of the conversation."""

@@ -19,7 +19,7 @@ FIRST_GUESS = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is sampled."""
+    """Choose how an answer is sampled."""
 
     temperature: float
     """Divides the logits; 0: the likeliest token."""
@@ -87,7 +87,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failed:
-    """Say why there is no answer."""
+    """Explain why there is no answer."""
 
     sentence: str
     """For the person."""

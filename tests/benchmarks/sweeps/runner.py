@@ -7,10 +7,11 @@ the experiment's name.
 import json
 import os
 import shutil
+import subprocess
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.commands import make_console
 from pipeline.config.sections import Common
 from pipeline.config.validation import validate_tree
 from pipeline.config.yaml_tree import read_tree
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.launch import environment as launch
 from pipeline.launch.signals import stop_on_signals
 from pipeline.plan import bring_up_to_date
@@ -30,6 +31,9 @@ from pipeline.state import Flags, StageState
 from pipeline.store import files
 from pipeline.store.artifacts import ArtifactStore
 from sweeps.text import markdown
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout, in which processes run."""
 
 
 @dataclass
@@ -161,6 +165,32 @@ def link(name: str, main: ArtifactStore, store: ArtifactStore) -> None:
         record = {key: value for key, value in manifest.items() if key not in ("outputs", "digest")}
         published = store.publish(name, content, record)
     assert published["digest"] == manifest["digest"], f"{name}: the shared files differ from the original ones"
+
+
+def run_rlhf(
+    args: Namespace, stop: StopFlag, stage: str, name: str, settings: Sequence[str], called: str | None = None
+) -> None:
+    """Bring a stage of an experiment up to date, in a process of its own.
+
+    Args:
+        args: The command line: `config` and `artifacts`.
+        stop: Set by a signal.
+        stage: The stage.
+        name: Name of the experiment.
+        settings: Its settings, as `key=value`; the last of a key counts.
+        called: What the experiment is called in an error line; None: its name.
+
+    Raises:
+        Interrupted: The stage did not end well, and a signal had come.
+        UserError: The stage did not end well.
+    """
+    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
+    words += ["run", stage, "-c", args.config, "--artifacts", args.artifacts, f"name={name}", *settings]
+    code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
+    if code:
+        raise (
+            Interrupted() if stop.requested else UserError(f"{called or name}: ended with exit code {code}; see above")
+        )
 
 
 def make_parser(program: str, doc: str, results: Path) -> cli.Parser:

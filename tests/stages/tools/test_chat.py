@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 from tempfile import gettempdir
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -21,20 +20,10 @@ from stages.models.loading import from_scratch, load_policy, load_tokenizer, new
 from stages.models.publish import save_model
 from stages.settings.rollout import EngineSettings
 from stages.tools import chat, chat_commands, chat_engines, chat_panels, chat_speakers
+from tests.people.playground.experiments import experiment_of
 
-EXPERIMENT = SimpleNamespace(
-    name="fake",
-    launch=SimpleNamespace(device="cpu", strategy="ddp", processes=1, nodes=1, timeout=600.0, vllm=VllmSettings()),
-    evaluate=SimpleNamespace(
-        response_length=6,
-        reward_ensemble="min",
-        missing_eos_score=None,
-        base_prompt="auto",
-        few_shot_examples=4,
-        rollout=None,
-    ),
-    model=SimpleNamespace(attn_implementation="sdpa", dtype="float32", name_or_path=None),
-)
+EXPERIMENT = experiment_of()
+EXPERIMENT.evaluate.response_length = 6
 
 
 @pytest.fixture(scope="module")
