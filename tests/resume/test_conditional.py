@@ -18,7 +18,7 @@ SETTINGS = (
 )
 
 
-SLOW = pytest.param("{method: lora, r: 2, lora_dropout: 0.1}", (1, 4, 7), marks=pytest.mark.slow)
+SLOW = pytest.param("{method: lora, r: 2, lora_dropout: 0.1}", (2, 4, 7), marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
