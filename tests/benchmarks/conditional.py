@@ -48,8 +48,8 @@ LABELS = {"sft": "SFT", "ppo": "PPO", "best_of_n": "best of n"}
 
 FULL = {
     "config": "configs/tiny.yaml",
-    "samples": 640,
-    "evaluation_prompts": 80,
+    "samples": 1280,
+    "evaluation_prompts": 160,
     "common": ["rankings.num_prompts=400", "rankings.judge_fraction=0", "rm.max_steps=100"],
     "demonstrations": ["sft.learning_rate=5e-4", "sft.num_train_epochs=1"],
     "conditional": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
