@@ -48,7 +48,7 @@ class PromptGroup:
     scores: tuple[tuple[float | None, ...] | None, ...] = ()
     """For each labeler the scores that the ranks were made from, where they give the margins."""
     labels: tuple[tuple[bool | None, ...] | None, ...] = ()
-    """For each labeler whether each response is good by itself, where that was said (`data/labels.py`)."""
+    """For each labeler whether each response is good by itself; None where that was not said."""
 
     def margin(self, pair: Pair) -> float:
         """Return the score difference that a pair should have at least; 0 for none.

@@ -134,8 +134,8 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     with_ties, by_label = any(name in TIE_LOSSES for name in config.loss_type), "kto" in config.loss_type
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties)
-    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties)
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties, by_label)
+    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties, by_label)
     if by_label:
         groups, held = LabelledGroups(groups), LabelledGroups(held)
         marks = count_marks(groups)

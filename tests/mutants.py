@@ -584,9 +584,9 @@ MUTANTS = [
     ),
     Mutant(
         "dpo",
-        "a micro-batch's loss is divided by its own prompts",
-        "whole = Counts(len(batch), ",
-        "whole = Counts(len(rows), ",
+        "a batch's loss is not divided by its prompts",
+        "return Counts(len(members), ",
+        "return Counts(1, ",
     ),
     Mutant(
         "dpo",
