@@ -215,7 +215,7 @@ def kto_loss(
     undesirable_weight: float,
     count: float,
 ) -> Tensor:
-    """Return KTO's loss, Σ w (1 − v) / count (Ethayarajh 2024, eq. 7 and 8).
+    """Return KTO's loss, Σ w (1 − v) / count (Ethayarajh 2024, eq. 7).
 
     The value v of a good response is σ(β(r − z)), that of a bad one σ(β(z − r)), with
     r = log π(y|x)/π_ref(y|x). The reference point z is a constant: no gradient goes through it.

@@ -162,7 +162,8 @@ def load_groups(
     if with_labels and len(groups):
         return groups, report
     if not count_pairs(groups):
-        problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
+        problem = "no label and no usable pair" if with_labels else "no usable pair"
+        problem += " (all ties, unjudged, dropped or equal within max_length)"
         raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
 
