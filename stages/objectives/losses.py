@@ -231,7 +231,7 @@ def kto_loss(
     """
     gains = beta * (ratios - kl)
     gains = torch.where(is_good, gains, -gains)
-    weights = torch.where(is_good, desirable_weight, undesirable_weight)
+    weights = torch.full_like(gains, undesirable_weight).masked_fill(is_good, desirable_weight)
     return (weights * torch.sigmoid(-gains)).sum() / count  # 1 − σ(x) = σ(−x)
 
 
