@@ -57,7 +57,7 @@ def test_two_processes_give_the_results_of_one(stage, oracle, tmp_path):
 def test_the_kl_of_kto_is_that_of_the_whole_batch(oracle, tmp_path):
     """Two processes and smaller micro-batches estimate what one process does."""
     roots = [copy_without(oracle, tmp_path / name, "dpo") for name in ("together", "alone")]
-    options = ("dpo.loss_type=kto", "dpo.desirable_weight=3", "dpo.undesirable_weight=0.1")
+    options = ("dpo.loss_type=kto", "dpo.loss_weights=null", "dpo.undesirable_weight=0.1")
     runs = [("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) for root in roots]
     assert rlhf_together(*runs[0], "dpo.per_device_train_tokens=60") == [0, 0]
     assert rlhf(*runs[1]) == 0

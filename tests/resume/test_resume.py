@@ -375,7 +375,7 @@ def test_kto_is_resumed_to_the_same_bytes(oracle, tmp_path):
     """Its estimate of the KL takes the whole batch, and is in no checkpoint."""
     roots = [copy_without(oracle, tmp_path / name, "dpo") for name in ("whole", "killed")]
     for root in roots:
-        options = ("dpo.loss_type=kto", "dpo.undesirable_weight=1.2", "dpo.keep=best")
+        options = ("dpo.loss_type=kto", "dpo.loss_weights=null", "dpo.undesirable_weight=0.1", "dpo.keep=best")
         run = ("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
         if root is roots[1]:
             assert rlhf(*run, die=("dpo", 5)) == -9
