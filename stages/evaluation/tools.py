@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config.sections import LaunchSettings
+from pipeline.launch import devices
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
 from stages.evaluation.selecting import Selector
@@ -159,8 +160,7 @@ class Tools:
 def free_memory() -> None:
     """Give back what models that are no longer used have held; vLLM may need it."""
     gc.collect()  # a sharded model refers to itself
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    devices.empty_cache(devices.in_use())
 
 
 def load_tools(

@@ -13,7 +13,7 @@ from torch import nn
 from data.groups import make_rows
 from data.streams import derive_seed
 from pipeline.errors import UserError
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from stages.models.forward import response_logprobs
 from stages.models.packing import reads_packed_rows
 from stages.models.sharding import is_sharded
@@ -174,7 +174,7 @@ def engine_kl(model: nn.Module, sampled: Sampled, prompts: list[list[int]], spec
         theirs = sampled.logprobs[part, : logprobs.shape[1]].to(logprobs)
         kl = torch.where(rows.response_mask, kl_per_token(theirs, logprobs, "k3"), 0.0)
         if is_own:
-            sums["kl"] += kl.double().sum().item()
+            sums["kl"] += devices.in_float64(kl).sum().item()
             sums["tokens"] += int(rows.response_mask.sum())
     sums = parallel.all_reduce_figures(sums)
     return sums["kl"] / sums["tokens"]
