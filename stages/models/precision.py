@@ -14,7 +14,6 @@ from torch import nn
 from stages.models.adapters import is_adapted, plain_name, unwrapped
 from stages.models.ensemble import members
 
-
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """model.dtype → accelerate's name for it."""
 CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,10 +31,11 @@ def compute_in_float16(accelerator: Any) -> None:
     scaler is torch's. The norm and cosine of gradients are taken of unscaled ones, or divided by
     the scale, which is exact: it is a power of two.
     """
+    device = accelerator.device
     accelerator.native_amp = True
-    accelerator.scaler = torch.amp.GradScaler(
-        accelerator.device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_STEPS
-    )
+    accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_STEPS)
+    # the scale is a tensor from the first use on, which a process without rows would not come to
+    accelerator.scaler.scale(torch.zeros((), device=device))
 
 
 def casting(device: str, dtype: str) -> AbstractContextManager:

@@ -202,7 +202,7 @@ def preflight(
     Args:
         sampler: The run's sampler, started.
         prompts: A few training prompts.
-        dtype: "float32", "bfloat16" or "float16": what the models compute in, which sets the tolerance.
+        dtype: what the models compute in (float32, bfloat16, float16), which sets the tolerance.
         max_length: The longest prompt and response together, in tokens.
         step: Index of the update that the run is at; KL to the reference is only checked at 0.
         poll: Is called between tokens and micro-batches.
