@@ -74,6 +74,7 @@ def make_accelerator(device: str, dtype: str) -> Any:
     With float16 it has a gradient scaler, with which its backward pass scales every loss.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
 
     from stages.models.precision import MIXED, compute_in_float16
@@ -81,6 +82,11 @@ def make_accelerator(device: str, dtype: str) -> Any:
     # We accumulate sums divided by counts of the whole batch. Without this, a setting of the
     # launcher in the environment would divide once more.
     once = GradientAccumulationPlugin(num_steps=1)
+    # accelerate keeps one device and dtype a process; an earlier experiment here may have had others
+    if (shared := AcceleratorState._shared_state) and (
+        shared.get("_mixed_precision") != MIXED[dtype] or shared["device"].type != device
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=MIXED[dtype], gradient_accumulation_plugin=once)
     if dtype == "float16":
         compute_in_float16(accelerator)
