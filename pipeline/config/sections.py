@@ -168,10 +168,10 @@ class ModelSettings(Section):
         "precision of the computation; float16: with a gradient scaler, for GPUs without bfloat16 (V100, T4); auto: "
         "bfloat16 where the hardware has it, float16 on other CUDA GPUs, else float32. Trained weights stay in float32",
     )
-    publish_dtype: Literal["bfloat16", "as_given"] | None = setting(
+    publish_dtype: Literal["bfloat16", "float16", "as_given"] | None = setting(
         None,
-        "precision of published weights. bfloat16 halves the size of a folder, and rounds the weights that the next "
-        "stage starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
+        "precision of published weights. 16 bits halve the size of a folder, and round the weights that the next stage "
+        "starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
         "precision of the model in name_or_path; null or float32: float32",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention kernel")

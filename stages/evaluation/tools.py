@@ -17,6 +17,7 @@ from stages.evaluation.selecting import Selector
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
+from stages.models.precision import require_finite
 from stages.objectives.rewards import final_scores
 from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.reward_model import RewardModelScorer
@@ -149,7 +150,9 @@ class Tools:
         request = ScoreRequest(list(chat_ids), [answer.response for answer in answers], self.tokenizer)
         if self.text_reader is not None:
             request = replace(request, data_rows=[{"prompt": self.asked[tuple(ids)]} for ids in chat_ids])
-        return RewardModelScorer(spec).score(request).total
+        scores = RewardModelScorer(spec).score(request).total
+        require_finite(scores, "evaluate: scores of a reward model")
+        return scores
 
     def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
         """Return the scores (B,), with `missing_eos_score` for unfinished answers if it is set."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, plain_name, unwrapped
 from stages.models.ensemble import members
 
@@ -47,6 +48,23 @@ def casting(device: str, dtype: str) -> AbstractContextManager:
     """
     is_cast = dtype != "float32"
     return torch.autocast(device, getattr(torch, dtype) if is_cast else torch.bfloat16, enabled=is_cast)
+
+
+def require_finite(x: torch.Tensor, what: str) -> None:
+    """Check that all numbers are finite. Those of a model that does not train have no other check.
+
+    Args:
+        x: The numbers.
+        what: What they are, and whose: "dpo: log-probabilities of the reference".
+
+    Raises:
+        UserError: One is not.
+    """
+    if not x.isfinite().all():
+        raise UserError(
+            f"{what} are not finite: float16 overflows above 65504, or a weight is damaged; set model.dtype: bfloat16 "
+            f"or float32"
+        )
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -82,7 +82,7 @@ def make_accelerator(device: str, dtype: str) -> Any:
     # We accumulate sums divided by counts of the whole batch. Without this, a setting of the
     # launcher in the environment would divide once more.
     once = GradientAccumulationPlugin(num_steps=1)
-    # accelerate keeps one device and dtype a process; an earlier experiment here may have had others
+    # accelerate keeps one device and dtype a process; an earlier experiment may have had others
     if (shared := AcceleratorState._shared_state) and (
         shared.get("_mixed_precision") != MIXED[dtype] or shared["device"].type != device
     ):

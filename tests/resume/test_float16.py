@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_scaled(argv, environment, die):
-    """Run `rlhf` with a scale that overflows at first, and is doubled so often that it does again."""
+    """Run `rlhf` with a scale that overflows at first, and, soon doubled, does so again."""
     from stages.models import precision
 
     precision.FIRST_SCALE, precision.GROWTH_STEPS = 2.0**20, 2

@@ -24,9 +24,7 @@ def has(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: "cuda" in kinds)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Tesla T4 {index}")
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 * 10**9)
-        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 * 10**9))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in kinds)

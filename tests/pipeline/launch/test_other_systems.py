@@ -1,4 +1,4 @@
-"""Test that what Linux alone has is not needed: /proc, /sys, core affinity, prctl, memory limits."""
+"""Test that what Linux alone has is not needed: /proc, /sys, core affinity, limits of memory."""
 
 import ast
 import json
@@ -26,7 +26,12 @@ def without_system_files(file, *args, **options):
     return opened(file, *args, **options)
 
 builtins.open = io.open = without_system_files
-resource.setrlimit = lambda kind, limits: (_ for _ in ()).throw(ValueError("no limit")) if kind == resource.RLIMIT_AS else None
+
+def without_memory_limit(kind, limits):
+    if kind == resource.RLIMIT_AS:
+        raise ValueError("this system has no such limit")
+
+resource.setrlimit = without_memory_limit
 
 class NoPrctl:
     def __getattr__(self, name):
@@ -38,7 +43,7 @@ ctypes.CDLL = lambda name=None, *args, **options: NoPrctl() if name is None else
 
 
 def run_without_linux(tmp_path, *argv):
-    """Run `rlhf` on a system without those; return its exit code, output and the files it asked for."""
+    """Run `rlhf` without those; return its exit code, its output and the files it asked for."""
     (tmp_path / "site").mkdir(exist_ok=True)
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT_LINUX.replace("\\\\", "\\"))
     asked = tmp_path / "asked"
