@@ -1,12 +1,15 @@
 """Test the gradient scaler of float16: it skips, halves, doubles, counts and is saved."""
 
+import copy
 import math
+import shutil
 
 import pytest
 import torch
 
-from pipeline.errors import TrainingStopped
+from pipeline.errors import TrainingStopped, UserError
 from stages.models import precision
+from stages.models.loading import load_policy, load_scalar_model
 from stages.shared.runtime import make_accelerator
 from stages.training.loop import scaled_step
 from stages.training.scaling import Scaling, new_scaling
@@ -166,3 +169,19 @@ def test_ppo_averages_only_the_gradients_that_it_stepped_with(chain, tmp_path, m
     assert done.figures["steps_skipped_by_scaler"] == done.rows("metrics.jsonl")[-1]["steps_skipped_by_scaler"]
     assert done.figures["skipped_steps"] == 0
     assert len(steps) == 2 * (2 * 4 - done.figures["steps_skipped_by_scaler"])  # of policy and value model
+
+
+@pytest.mark.parametrize("stage, whose", [("dpo", "sft/model"), ("ppo", "rm/model")])
+def test_a_frozen_model_that_overflows_is_no_silent_result(stage, whose, chain, tmp_path):
+    """float32 holds the numbers of these weights; what trains has a scaler, what is frozen a check."""
+    large = (load_scalar_model if stage == "ppo" else load_policy)(chain.root / whose)
+    with torch.no_grad():
+        for layer in large.base_model.layers:
+            layer.mlp.down_proj.weight *= 3e5
+    other = copy.copy(chain)
+    other.root = tmp_path / "chain"
+    shutil.copytree(chain.root, other.root)
+    other.save(large, whose)
+    settings = [word for words in SHORT[stage] for word in words.split()]
+    with pytest.raises((UserError, TrainingStopped), match="not finite"):
+        other.run(stage, tmp_path / "run", *settings, "model.dtype=float16")
