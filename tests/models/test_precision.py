@@ -36,7 +36,7 @@ def pair(model):
 def test_numbers_that_are_not_finite_are_refused():
     require_finite(torch.tensor([1.0, -2.0]), "dpo: scores")
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match="^dpo: scores are not finite: .*; set model.dtype: bfloat16 or float32$"):
+        with pytest.raises(UserError, match=r"^dpo: scores are not finite: .*; set model.dtype: bfloat16 or float32$"):
             require_finite(torch.tensor([1.0, bad]), "dpo: scores")
 
 

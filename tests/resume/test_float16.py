@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from resume_worker import CONFIG, _main, assert_same_figures, copy_without, end, published, rows_of
+from resume_worker import CONFIG, _main, copy_without, end, published, rows_of
 from safetensors.torch import load_file
 
 from tests.forked import process
@@ -75,16 +75,21 @@ def test_killed_after_a_skipped_step_it_ends_in_the_same_bytes(stage, oracle16, 
     assert published(root / "micro" / stage) == published(oracle16 / "micro" / stage)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_skip_the_same_steps(stage, strategy, oracle16, tmp_path):
-    """An overflow on one rank is known to all: with shards, each rank has unscaled its own part."""
+    """An overflow on one rank is known to all: with shards, each has unscaled its own part."""
     root = copy_without(oracle16, tmp_path, stage)
     few = ["ppo.total_episodes=24"] if stage == "ppo" else []
     assert rlhf_together(*command(stage, root, f"launch.strategy={strategy}", *few)) == [0, 0]
-    found, alone = (x / "micro" / stage for x in (root, oracle16))
-    rows = [[{k: row[k] for k in row if k != "grad_scale"} for row in rows_of(x)[:3]] for x in (found, alone)]
-    assert_same_figures(*rows, first=2e-3, later=5e-2)
-    assert [row["grad_scale"] for row in rows_of(found)[:3]] == [row["grad_scale"] for row in rows_of(alone)[:3]]
-    weights = load_file(found / "model" / "model.safetensors")
+    found, alone = (rows_of(x / "micro" / stage)[:3] for x in (root, oracle16))
+    for row, expected in zip(found, alone, strict=True):
+        assert row.keys() == expected.keys()
+        for key in row:
+            if key.startswith("loss"):
+                assert row[key] == pytest.approx(expected[key], abs=5e-3)
+            if key.startswith(("grad_scale", "steps_skipped")) or "NaN" in (row[key], expected[key]):
+                assert row[key] == expected[key], (row["step"], key)
+    assert found[-1]["steps_skipped_by_scaler"] > 0
+    weights = load_file(root / "micro" / stage / "model" / "model.safetensors")
     assert all(x.isfinite().all() and x.dtype == torch.float32 for x in weights.values())

@@ -173,7 +173,7 @@ def test_ppo_averages_only_the_gradients_that_it_stepped_with(chain, tmp_path, m
 
 @pytest.mark.parametrize("stage, whose", [("dpo", "sft/model"), ("ppo", "rm/model")])
 def test_a_frozen_model_that_overflows_is_no_silent_result(stage, whose, chain, tmp_path):
-    """float32 holds the numbers of these weights; what trains has a scaler, what is frozen a check."""
+    """What trains has a scaler, and what does not has a check."""
     large = (load_scalar_model if stage == "ppo" else load_policy)(chain.root / whose)
     with torch.no_grad():
         for layer in large.base_model.layers:
