@@ -246,7 +246,7 @@ def test_float16_is_published_unless_a_weight_is_too_large_for_it(causal, tokeni
     assert {x.dtype for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 70000.0
-    with pytest.raises(UserError, match=r"model.publish_dtype: float16 ends at 65504, and lm_head.weight reaches 7e"):
+    with pytest.raises(UserError, match=r"model.publish_dtype: float16 ends at 65504, and .* reaches 7e"):
         save_model(model, tokenizer, tmp_path / "large", card="", dtype="float16")
 
 
