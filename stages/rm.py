@@ -42,6 +42,7 @@ from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
 from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
+from stages.models.precision import require_finite
 from stages.models.same_tokenizer import check_same_tokenizer
 from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
@@ -472,6 +473,7 @@ def demonstration_mean(
     prompts, responses = zip(*pairs, strict=True)
     scorer = ranker.scorer(batch_size=4 * config.per_device_train_batch_size)
     scores = scorer.score(ScoreRequest(prompts, responses, tokenizer)).total
+    require_finite(scores, "rm: scores of demonstrations")
     return scores.double().mean().item()
 
 

@@ -8,7 +8,7 @@ from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
-from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -25,6 +25,7 @@ METRICS = {
     "logps/rejected": "the same for the other responses",
     **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 
