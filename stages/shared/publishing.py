@@ -54,8 +54,7 @@ def artifact_of(provenance: Provenance, folder: Path) -> Path:
         provenance: What the model was made of.
         folder: The folder, inside `provenance.publish`.
     """
-    artifact = next(iter(provenance.inputs.values())).parent / provenance.stage
-    return artifact / folder.relative_to(provenance.publish)
+    return provenance.publish.parent / folder.relative_to(provenance.publish)
 
 
 def publish_dtype(provenance: Provenance, source: Path) -> str | None:
