@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.config.checks import OF_METHODS, SOFT, peft_problems, sharding_problems
+from pipeline.config.checks import OF_METHODS, PREFIX, SOFT, peft_problems, sharding_problems
 from pipeline.config.section import Section, setting
-from pipeline.config.sections import ModelSettings, PeftSettings
+from pipeline.config.sections import ModelSettings, PeftSettings, local_folder
 from stages.models.packages import MISSING
 
 if TYPE_CHECKING:
@@ -87,13 +87,35 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
         experiment: The validated experiment.
         stage: One of TRAINING.
     """
-    own = getattr(experiment, stage).peft
-    if own is None or own == "full":
+    own, peft = getattr(experiment, stage).peft, peft_of(experiment, stage)
+    if peft is None:
         return []
-    peft, place = peft_of(experiment, stage), f"{stage}.peft"
-    assert peft is not None
-    lines = peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
+    if own is None:
+        return prefix_problems(experiment, stage, "model.peft")
+    place = f"{stage}.peft"
+    lines = peft_problems(peft, place) + prefix_problems(experiment, stage, place)
+    lines += sharding_problems(peft, experiment.launch.strategy, place)
     return lines + own_problems(experiment, stage, peft)
+
+
+def prefix_problems(experiment: "Experiment", stage: str, place: str) -> list[str]:
+    """Return a line if a stage trains a prefix that its policy cannot begin with.
+
+    Args:
+        experiment: The validated experiment.
+        stage: One of TRAINING.
+        place: The key that its adapter settings stand under.
+    """
+    peft, of_sft, given = peft_of(experiment, stage), peft_of(experiment, "sft"), experiment.model.name_or_path
+    if stage not in ("ppo", "dpo") or peft is None or peft.method not in PREFIX:
+        return []
+    folder = local_folder(given)  # of a model that may have a prefix
+    if (of_sft is not None and of_sft.method in PREFIX) or (folder and (folder / "adapter_config.json").is_file()):
+        return []
+    return [
+        f"{place}.method: {peft.method} begins away from sft's model, which {stage} has to begin as; train sft with "
+        f"{peft.method} too, or use another method in {stage}"
+    ]
 
 
 def own_problems(experiment: "Experiment", stage: str, peft: PeftSettings) -> list[str]:
