@@ -158,6 +158,8 @@ def test_levels_are_equally_many_or_by_thresholds():
         ((*SFT, *SAMPLES, "launch.strategy=fsdp2"), "does not sample under launch.strategy fsdp2"),
         ((*SFT, *SAMPLES, "sft.conditional.rounds=2", "model.peft={method: adalora}"), "adalora prunes to its rank"),
         ((TOKENS, "sft.conditional.scorer=[]"), "is an empty list"),
+        ((TOKENS, BY_WORDS, "model.name_or_path=null", "sft.peft={method: houlsby}"),
+         "sft.peft.method: houlsby cannot train the new rows of model.control_tokens"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(chain, settings, error):
