@@ -133,7 +133,6 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
-    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if "world" in ctx.inputs else None
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     data = load_data(
@@ -220,7 +219,7 @@ def load_data(
         tokenizer: The tokenizer with its chat template.
         rankings: The artifact folder of the stage rankings.
         demonstrations: Where the demonstrations are.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it: it knows the tasks of its prompts.
         cache: Where encoded rankings are kept.
         notes: Where it is said what is not taken of the data.
     """
@@ -405,9 +404,9 @@ def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str
 
     Args:
         validation: The held-out rankings.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it; rankings may be of other prompts.
     """
-    if world is None:
+    if world is None or not all(world.knows(r.prompt) for r in validation):
         return {r.id: prompt_key(r.prompt) for r in validation}
     return {r.id: str(world.task(r.prompt)) for r in validation}
 

@@ -38,6 +38,9 @@ SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
+    "r": LOW_RANK,
+    "lora_alpha": LOW_RANK,
+    "lora_dropout": LOW_RANK,
     "target_modules": LOW_RANK,
     "init_r": ("adalora",),
     "bits": ("qlora",),

@@ -59,7 +59,12 @@ class PeftSettings(Section):
     lora_alpha: int = setting(
         32, "adapters are scaled by lora_alpha / r (lora, dora, qlora; for adalora by lora_alpha / init_r)", ge=1
     )
-    lora_dropout: float = setting(0.0, "dropout on the input of the adapters (unused by ia3 and bitfit)", ge=0, lt=1)
+    lora_dropout: float = setting(
+        0.0,
+        "dropout on the input of the adapters in sft; the other stages compute without (lora, dora, qlora, adalora)",
+        ge=0,
+        lt=1,
+    )
     init_r: int | None = setting(
         None, "rank that adalora starts with before it prunes; null: 1.5 × r, rounded up", ge=1
     )
