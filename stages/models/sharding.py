@@ -22,8 +22,10 @@ from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
 from stages.models.adapters import unwrapped
 from stages.models.ensemble import members
-from stages.models.packing import reads_packed_rows, register
+from stages.models.packing import NAME as PACKED
+from stages.models.packing import register
 from stages.models.precision import castable, uncast
+from stages.models.prefix import ATTENTION as BEHIND_PREFIX
 
 Result = TypeVar("Result")
 
@@ -67,10 +69,11 @@ def _unpickled(sent: bytes | None) -> nn.Module | None:
         return None
     inner = unwrapped(model)
     # The configuration names the attention function, which each process registers by itself.
-    if reads_packed_rows(model):
-        register(inner)
+    kernel = inner.config._attn_implementation
+    if kernel in (PACKED, BEHIND_PREFIX):
+        register(inner, kernel)
     else:
-        inner.set_attn_implementation(inner.config._attn_implementation)
+        inner.set_attn_implementation(kernel)
     return model
 
 
@@ -284,9 +287,14 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor whole; a sharded one is gathered by all processes together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def to_float(x: Tensor) -> float:
     """Return a scalar tensor as a float; it may be distributed over processes."""
-    return float(x.full_tensor() if isinstance(x, DTensor) else x)
+    return float(whole(x))
 
 
 def local_shard(x: Tensor) -> Tensor:
