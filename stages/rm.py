@@ -152,7 +152,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
         model = place_model(make, runtime, config.max_length)
         groups = data.judge if name == JUDGE else data.groups
-        ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device)
+        ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device, model)
         ctx.confirm_folders()
         trainee = trainee_of(config, model, plan[k], config.head_learning_rate, **learned_ties(config, ties))
         if k == 0:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
@@ -285,6 +285,23 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     mesh, placements = parameter.device_mesh, parameter.placements
     # No source rank: each cuts its shard from its own copy, and nothing is sent.
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def replicate_beside(x: Tensor, model: nn.Module) -> Tensor:
+    """Return a small tensor such that an optimizer takes it together with a model's weights.
+
+    Beside a sharded model it is a DTensor too, of which each process holds the whole. Its gradients
+    are summed by `parallel.all_reduce_gradients`.
+
+    Args:
+        x: The same tensor in every process.
+        model: The model.
+    """
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor):
+        return x
+    mesh = parameter.device_mesh
+    return distribute_tensor(x, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -62,7 +62,6 @@ def test_with_another_method_what_it_does_not_have_is_left_out(load):
         (["model.peft.target_modules='(q'"], "model.peft.target_modules: '(q' is no regular expression"),
         (["model.peft.exclude_modules=[]"], "model.peft.exclude_modules: names nothing"),
         (["model.peft={layers_to_transform: [0], target_modules: .*q_proj}"], "model.peft.layers_to_transform: has no"),
-        (["dpo.peft={method: qlora}", "launch.strategy=fsdp2"], "launch.strategy: fsdp2 shards float weights by rows"),
         (["dpo.peft={rr: 3}"], "dpo.peft.rr: unknown key; did you mean dpo.peft.r?"),
         (["dpo.peft=none"], 'dpo.peft: the string "none"; should be a mapping, or should be \'full\''),
     ],
