@@ -175,8 +175,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the ranks.
 
     A parameter that has no gradient on any rank keeps None, so that optimizers skip it as they do
-    with one process. Gradients of sharded parameters are left alone, since FSDP has summed them; those
-    of parameters beside them that every process holds whole are not.
+    with one process. Gradients of sharded parameters are left alone, since FSDP has summed them.
+    Parameters beside them that every process holds whole are DTensors too, which FSDP does not know.
 
     Args:
         parameters: the same parameters on every rank, in the same order.
