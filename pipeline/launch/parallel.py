@@ -176,7 +176,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A parameter that has no gradient on any rank keeps None, so that optimizers skip it as they do
     with one process. Gradients of sharded parameters are left alone, since FSDP has summed them.
-    Parameters beside them that every process holds whole are DTensors too, which FSDP does not know.
+    Those that every process holds whole beside them are DTensors too, but unknown to FSDP.
 
     Args:
         parameters: the same parameters on every rank, in the same order.

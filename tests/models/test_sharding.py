@@ -50,6 +50,7 @@ from stages.models.sharding import (
     shard,
     shard_like,
 )
+from stages.models.soft_prompts import SoftPrompt
 from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
@@ -204,24 +205,33 @@ def test_steps_saves_and_loads():
 
 METHODS = {
     "adalora": {"r": 2, "init_r": 3},
-    "bitfit": {},
     "dora": {"r": 2},
-    "houlsby": {"bottleneck_size": 4},
-    "ia3": {},
     "lora": {"r": 2, "start": "pissa"},
-    "parallel_adapter": {"bottleneck_size": 4},
+    "ia3": {},
+    "bitfit": {},
+    "prompt_tuning": {"soft_prompt": SoftPrompt("prompt_tuning", count=3)},
+    "p_tuning": {"soft_prompt": SoftPrompt("p_tuning", count=3, encoder="lstm")},
+    "houlsby": {"bottleneck_size": 4},
     "pfeiffer": {"bottleneck_size": 4},
+    "parallel_adapter": {"bottleneck_size": 4},
     "prefix_tuning": {"num_virtual_tokens": 3},
     "qlora": {"r": 2, "bits": 4},
     "qlora in 8 bits": {"r": 2, "bits": 8},
 }
 """Methods of model.peft, with settings of each."""
+MERGED = ["dora", "lora", "ia3", "bitfit", "prompt_tuning", "p_tuning"]
+STAY = ["houlsby", "pfeiffer", "parallel_adapter", "prefix_tuning"]
+QUANTIZED = ["qlora", "qlora in 8 bits"]
+SOFT = [50, 51, 52]
 
 
 def tuned(method, scalar):
     """Return a tiny model whose adapter has been moved from its start."""
     settings = AdapterSettings(method=method.split()[0], **METHODS[method])
-    model = with_adapter(make("gpt2" if method == "bitfit" else "llama", False, scalar=scalar), settings, scalar=scalar)
+    model = make("gpt2" if method == "bitfit" else "llama", False, scalar=scalar)
+    if settings.soft_prompt is not None:
+        model.config.soft_prompt_ids = SOFT
+    model = with_adapter(model, settings, scalar=scalar)
     torch.manual_seed(4)
     with torch.no_grad():
         for p in model.parameters():
@@ -241,7 +251,7 @@ def check_method(method, scalar):
     def compute(model):
         outputs = []
         for packed in (True, False):
-            rows = make_rows(PROMPTS, RESPONSES, 0, packed=packed)
+            rows = make_rows([SOFT + prompt for prompt in PROMPTS], RESPONSES, 0, packed=packed)
             outputs.append(response_values(model, rows) if scalar else response_logprobs(model, rows, 0.7))
         return torch.cat([x.flatten() for x in outputs])
 
@@ -269,15 +279,25 @@ def optimizer_state_names(optimizer):
     return {name for state in optimizer.state.values() for name in state}
 
 
-@pytest.mark.parametrize("scalar", [False, True])
+def check_methods(methods):
+    for method in methods:
+        for scalar in (False, True):
+            try:
+                check_method(method, scalar)
+            except AssertionError as error:
+                raise AssertionError(f"{method}, {'scalar' if scalar else 'causal'}") from error
+
+
 @pytest.mark.parametrize(
-    "method", ["adalora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "adalora")]
+    "methods",
+    [["adalora"], *(pytest.param(group, marks=pytest.mark.slow) for group in (MERGED, STAY, QUANTIZED))],
+    ids=lambda methods: methods[0],
 )
-def test_each_method_trains_sharded_as_it_does_whole(method, scalar):
+def test_each_method_trains_sharded_as_it_does_whole(methods):
     """Six steps on packed and padded rows; AdaLoRA prunes in the first four."""
-    if method.startswith("qlora"):
+    if methods is QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra qlora)")
-    together(check_method, method, scalar)
+    together(check_methods, methods)
 
 
 def check_ties():
