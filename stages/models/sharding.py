@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
-from stages.models.adapters import unwrapped
+from stages.models.adapters import is_adapted, unwrapped
 from stages.models.ensemble import members
 from stages.models.packing import NAME as PACKED
 from stages.models.packing import register
@@ -109,6 +109,9 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
+        if is_adapted(member):
+            # peft's AdaLoRA calls the forward method itself, past the hook that gathers weights.
+            member.base_model.__dict__["forward"] = inner.__call__
         if not mean:  # losses are divided by the global count already
             for module in fsdp_modules(inner):
                 module.set_gradient_divide_factor(1.0)

@@ -253,6 +253,8 @@ def check_method(method, scalar):
         for packed in (True, False):
             rows = make_rows([SOFT + prompt for prompt in PROMPTS], RESPONSES, 0, packed=packed)
             outputs.append(response_values(model, rows) if scalar else response_logprobs(model, rows, 0.7))
+        ids = torch.tensor([[*SOFT, 5, 6, 7, 8]])  # as SFTTrainer calls it
+        outputs.append(model(input_ids=ids).logits if scalar else model(input_ids=ids, labels=ids).loss)
         return torch.cat([x.flatten() for x in outputs])
 
     trainees = [make_trainee("m", x, learning_rate=1e-3, max_grad_norm=0.5, steps=8) for x in (other, ours)]
