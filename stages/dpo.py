@@ -157,7 +157,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     held_ref_logps = reference.logps("validation", cut(held))
 
     # 2 train
-    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device)
+    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device, policy)
     trainee = trainee_of(config, policy, steps, **learned_ties(config, ties))
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
     objective = Objective(config, policy, pad_id, runtime, ties)

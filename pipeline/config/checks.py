@@ -204,7 +204,6 @@ def check_common(experiment: Common) -> list[str]:
         *shots_problems(experiment),
         *head_problems(model),
         *adapter_problems(model),
-        *strategy_problems(experiment),
         *attention_problems(model),
         *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
@@ -351,40 +350,6 @@ def expression_problem(text: str) -> str:
     except re.error as error:
         return str(error)
     return ""
-
-
-def strategy_problems(experiment: Common) -> list[str]:
-    """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
-    peft, strategy = experiment.model.peft, experiment.launch.strategy
-    return [] if peft is None else sharding_problems(peft, strategy, "model.peft")
-
-
-def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str]:
-    """Return a line if an adapter method cannot be sharded.
-
-    Args:
-        peft: The settings of the adapter.
-        strategy: launch.strategy.
-        place: As of `peft_problems`.
-    """
-    if strategy != "fsdp2":
-        return []
-    if peft.method == "adalora":
-        return [
-            f"launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
-            f"ddp, or {place}.method: lora"
-        ]
-    if peft.method == "qlora":
-        return [
-            f"launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
-            f"scales; use ddp, or {place}.method: lora"
-        ]
-    if peft.method == "prefix_tuning":
-        return [
-            f"launch.strategy: fsdp2 shards layer by layer, and a prefix is one weight for all layers; use ddp, or "
-            f"{place}.method: houlsby"
-        ]
-    return []
 
 
 def attention_problems(model: ModelSettings) -> list[str]:

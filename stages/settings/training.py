@@ -100,14 +100,13 @@ class PreferenceTraining(Training):
     )
 
 
-def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sharded: bool) -> list[str]:
+def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str]) -> list[str]:
     """Return a line for each setting of ties that cannot work.
 
     Args:
         section: The settings of the stage.
         name: The stage: rm or dpo.
         losses: Names of its losses.
-        sharded: Whether weights are sharded (launch.strategy fsdp2).
     """
     named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
     if not named:
@@ -120,11 +119,6 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sh
         lines.append(f"{name}.loss_type: {' and '.join(named)} are two models of the same ties; name one of them")
     if section.tie_strength is not None and section.tie_learning_rate is not None:
         lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
-    if sharded and section.tie_strength is None:
-        lines.append(
-            f"{name}.tie_strength: cannot be learned with launch.strategy fsdp2; state it (1.0: a third of equally "
-            f"good pairs is tied)"
-        )
     return lines
 
 

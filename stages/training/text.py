@@ -181,6 +181,7 @@ def train_language_model(
     written = None if checkpoint is None else checkpoint.path / "trainer"
     if runtime.sharded:
         trainer.shard_model(written)
+    choose_optimizer(trainer)
     with session.tracker.progress(
         hooks.total, session.stage, checkpoint.step if checkpoint else phase.first
     ) as progress:
@@ -319,14 +320,21 @@ def make_trainer(
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
         trainer = trainer_class(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
-    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments)
-    assert optimizer_class is torch.optim.AdamW
-    optimizer_class, more = adamw_for(trainer.model, arguments.max_steps)  # AdaLoRA has one of its own
-    trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
     # They print to stdout between our own lines.
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+def choose_optimizer(trainer: Any) -> None:
+    """Let a trainer make its optimizer as our own loops do.
+
+    AdaLoRA's holds parameters of the model, which sharding replaces: so this comes after it.
+    """
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    assert optimizer_class is torch.optim.AdamW
+    optimizer_class, more = adamw_for(trainer.model, trainer.args.max_steps)
+    trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
 
 
 def make_hooks(
