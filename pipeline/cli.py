@@ -233,7 +233,7 @@ def add_run(commands: Any) -> None:
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")
-    run.add_argument("--submit", choices=["slurm"])
+    run.add_argument("--submit", choices=["slurm", "sky"])
 
 
 def add_evaluate(commands: Any) -> None:

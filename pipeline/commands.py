@@ -49,6 +49,8 @@ beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
   --debug                show tracebacks
   --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
   --submit slurm         submit one job per stage to sbatch (settings: launch.slurm)
+  --submit sky           submit one task to SkyPilot, for clouds and Kubernetes (settings: launch.sky), such as
+                         rlhf run ppo -c configs/tiny.yaml --artifacts s3://bucket/prefix --submit sky --dry-run
   --dry-run              with --submit: print the scripts, submit nothing
 
 exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;

@@ -52,9 +52,10 @@ def tokenizer():
     return train_tokenizer(TEXTS * 5, 320)
 
 
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
 FAMILIES = [
     ("llama", {"tie_word_embeddings": True}),
-    ("llama", {"tie_word_embeddings": False, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    ("llama", {"tie_word_embeddings": False, "head_dim": 16, "rope_parameters": ROPE}),
     ("qwen2", {"use_sliding_window": False}),
     ("qwen3", {"head_dim": 128, "use_sliding_window": False}),
 ]  # fmt: skip
@@ -133,7 +134,7 @@ def test_what_is_not_written_is_refused(family, settings, what, tokenizer, tmp_p
     from stages.tools import gguf_file
 
     save(tmp_path / "model", family, tokenizer, **settings)
-    with pytest.raises(UserError, match="convert_hf_to_gguf.py") as caught:
+    with pytest.raises(UserError, match=r"convert_hf_to_gguf\.py") as caught:
         gguf_file.write(tmp_path / "model", tmp_path / "x.gguf", "small", "f32")
     assert what in str(caught.value)
 
@@ -162,7 +163,7 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(change, what
 
 @pytest.fixture
 def export(finished_base, capsys):
-    """Return a function that runs `rlhf export base --to gguf` and returns (code, output, errors)."""
+    """Return a function that runs `rlhf export base --to gguf` and returns what it said."""
 
     def run(output, *words, stage="base"):
         place = ["-c", str(finished_base.config), "--artifacts", str(finished_base.artifacts)]
