@@ -380,6 +380,34 @@ class SlurmSettings(Section):
     options: list[str] = setting([], "further options for sbatch, such as --qos=long")
 
 
+class SkySettings(Section):
+    """Choose the machines that `rlhf run --submit sky` asks SkyPilot for."""
+
+    infra: str | None = setting(
+        None, "where the machines are, as SkyPilot names it: aws, gcp/us-central1, k8s; null: where it is cheapest"
+    )
+    accelerators: str | None = setting(
+        None, "GPUs of each machine, such as H100:8; launch.processes should be the same number"
+    )
+    use_spot: bool = setting(False, "take machines that may be taken away, for less money")
+    cluster: str | None = setting(
+        None, "run on this cluster (`sky launch -c`); null: as a managed job, which SkyPilot starts again when needed"
+    )
+    max_restarts: int = setting(3, "how often a managed job that failed is started again", ge=0)
+    volumes: dict[str, str] = setting(
+        {}, "SkyPilot volumes by where they are mounted, such as {/mnt/rlhf: my-volume}; checkpoints survive there"
+    )
+    secrets: list[str] = setting(
+        [], "environment variables whose values are handed on, such as [HF_TOKEN]; the task holds only their names"
+    )
+    setup: list[str] | None = setting(
+        None, "shell lines that prepare a new machine; null: lines that install this project from constraints.txt"
+    )
+    resources: dict[str, Any] = setting(
+        {}, "further keys of SkyPilot's resources, such as {disk_size: 500, image_id: 'docker:ghcr.io/me/rlhf'}"
+    )
+
+
 class VllmSettings(Section):
     """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
@@ -442,8 +470,9 @@ class LaunchSettings(Section):
         "how several processes hold the models they train: ddp: each holds everything; fsdp2: each holds a shard of "
         "every weight, gradient and optimizer moment (torch's fully_shard, equivalent to ZeRO-3)",
     )
-    nodes: int = setting(1, "number of machines with that many processes each; for --submit slurm", ge=1)
+    nodes: int = setting(1, "number of machines with that many processes each; for --submit", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
+    sky: SkySettings = setting(SkySettings(), "what --submit sky asks SkyPilot for")
     vllm: VllmSettings = setting(VllmSettings(), "where and how vLLM runs")
     timeout: float = setting(
         600, "how long a process waits for another process, or for vLLM, before it gives up", "seconds", gt=0
