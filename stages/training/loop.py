@@ -41,6 +41,9 @@ class Task:
     """Evaluate on held-out rows, and call the argument between two forward passes: it may raise."""
     samples: Callable[[], list[dict]] | None = None
     """Return rows for samples.jsonl, after each evaluation; None: no samples."""
+    prepare: Callable[[Sequence[int]], None] | None = None
+    """Rows of the batch → what its micro-batches need of the whole of it, computed on all ranks
+    together before the first of them; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,8 @@ def accumulate_gradients(
         The sums of the loss's figures over the batch.
     """
     figures: dict[str, float] = {}
+    if task.prepare is not None:
+        task.prepare(batch)
     parts = list(task.cut(parallel.rows_of_this_rank(batch, [task.costs[i] for i in batch])))
     # Sharded weights are all-gathered in each pass: a rank that has fewer micro-batches than others
     # joins in with a spare one of weight 0.
