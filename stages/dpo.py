@@ -174,7 +174,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     estimate_held_kl = kto and kto.estimator(reference, "validation", held, [held_rows])
 
     # 2 train
-    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device)
+    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device, policy)
     trainee = trainee_of(config, policy, steps, **learned_ties(config, ties))
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
     objective = Objective(config, policy, pad_id, runtime, ties, kto)

@@ -8,7 +8,7 @@ from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
-from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -30,6 +30,7 @@ METRICS = {
     **TIE_METRICS,
     "kl": "with kto: its estimate of KL(π ‖ π_ref), in nats per response, not below 0",
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 
@@ -90,8 +91,7 @@ def check(experiment: "Experiment") -> list[str]:
         )
     if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):
         lines.append(f"dpo.label_smoothing: has no effect with loss_type {', '.join(names)}; use sigmoid, or 0")
-    lines += check_kto(settings)
-    return lines + check_ties(settings, "dpo", names, experiment.launch.strategy == "fsdp2")
+    return lines + check_kto(settings) + check_ties(settings, "dpo", names)
 
 
 def check_kto(settings: DPOSettings) -> list[str]:
