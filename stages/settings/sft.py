@@ -10,7 +10,7 @@ from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context, uneven_batches
 from stages.settings.peft import StagePeft, missing_package, peft_of, peft_setting, stage_problems
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, scorer_files, scorer_problems, scorer_stages
-from stages.settings.training import ACCUMULATION, TOO_LONG_ROW, TooLong, Training
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TOO_LONG_ROW, TooLong, Training
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -20,6 +20,7 @@ METRICS = {
     "held out by conversation)",
     "perplexity": "exp(loss) on held-out demonstrations",
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 

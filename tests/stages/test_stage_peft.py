@@ -63,7 +63,6 @@ def test_with_another_method_what_it_does_not_have_is_left_out(load):
         (["model.peft.target_modules='(q'"], "model.peft.target_modules: '(q' is no regular expression"),
         (["model.peft.exclude_modules=[]"], "model.peft.exclude_modules: names nothing"),
         (["model.peft={layers_to_transform: [0], target_modules: .*q_proj}"], "model.peft.layers_to_transform: has no"),
-        (["dpo.peft={method: qlora}", "launch.strategy=fsdp2"], "launch.strategy: fsdp2 shards float weights by rows"),
         (["model.peft={method: houlsby, r: 8}"], "model.peft.r: 8 has no effect with method houlsby; use lora"),
         (["model.peft={method: ia3, lora_dropout: 0.1}"], "model.peft.lora_dropout: 0.1 has no effect with method"),
         (["sft.peft={method: bitfit, lora_alpha: 8}"], "sft.peft.lora_alpha: 8 has no effect with method bitfit"),
