@@ -315,7 +315,7 @@ def add_init(commands: Any) -> None:
         metavar="FILE",
         help="data files, folders or globs; their kinds are guessed, and several of a kind become a mixture",
     )
-    init.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
+    init.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to compute on")
     init.add_argument("--debug", action="store_true", help="show tracebacks")
     init.set_defaults(config=None, artifacts="artifacts", trust_remote_code=False)
 
