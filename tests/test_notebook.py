@@ -1,4 +1,4 @@
-"""Test configs/notebook/demo.ipynb: its cells run in their order, and it is kept without outputs."""
+"""Test configs/notebook/demo.ipynb: its cells run in their order; it has no outputs in git."""
 
 import json
 from pathlib import Path
