@@ -42,6 +42,7 @@ from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
 from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
+from stages.models.precision import require_finite
 from stages.models.same_tokenizer import check_same_tokenizer
 from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
@@ -132,7 +133,6 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
-    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if "world" in ctx.inputs else None
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     data = load_data(
@@ -220,7 +220,7 @@ def load_data(
         tokenizer: The tokenizer with its chat template.
         rankings: The artifact folder of the stage rankings.
         demonstrations: Where the demonstrations are.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it: it knows the tasks of its prompts.
         cache: Where encoded rankings are kept.
         notes: Where it is said what is not taken of the data.
     """
@@ -425,9 +425,9 @@ def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str
 
     Args:
         validation: The held-out rankings.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it; rankings may be of other prompts.
     """
-    if world is None:
+    if world is None or not all(world.knows(r.prompt) for r in validation):
         return {r.id: prompt_key(r.prompt) for r in validation}
     return {r.id: str(world.task(r.prompt)) for r in validation}
 
@@ -493,6 +493,7 @@ def demonstration_mean(
     prompts, responses = zip(*pairs, strict=True)
     scorer = ranker.scorer(batch_size=4 * config.per_device_train_batch_size)
     scores = scorer.score(ScoreRequest(prompts, responses, tokenizer)).total
+    require_finite(scores, "rm: scores of demonstrations")
     return scores.double().mean().item()
 
 

@@ -6,9 +6,11 @@ return whole lines "section.key: what is wrong; what to do".
 
 import glob
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.section import Section
 from pipeline.config.sections import (
     KINDS,
     RANKED,
@@ -36,6 +38,9 @@ SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
+    "r": LOW_RANK,
+    "lora_alpha": LOW_RANK,
+    "lora_dropout": LOW_RANK,
     "target_modules": LOW_RANK,
     "init_r": ("adalora",),
     "bits": ("qlora",),
@@ -200,6 +205,7 @@ def check_common(experiment: Common) -> list[str]:
         *head_problems(model),
         *adapter_problems(model),
         *attention_problems(model),
+        *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
     ]
 
@@ -354,6 +360,39 @@ def attention_problems(model: ModelSettings) -> list[str]:
             "sdpa"
         ]
     return []
+
+
+def apple_problems(experiment: Common) -> list[str]:
+    """Return a line for each setting, of whatever section, that Apple's GPU (mps) cannot do."""
+    lines, launch = [], experiment.launch
+    if launch.processes * launch.nodes > 1:
+        lines.append(
+            f"launch.processes: {launch.processes * launch.nodes} in all, and Apple's GPU (mps) takes one, since "
+            f"torch.distributed does not know it; set launch.processes: 1, or launch.device: cpu"
+        )
+    if experiment.model.attn_implementation == "flash_attention_2":
+        lines.append("model.attn_implementation: flash_attention_2 needs a CUDA GPU, and this is Apple's; use sdpa")
+    for place, section in sections_in(experiment, ""):
+        if getattr(section, "method", None) == "qlora":
+            lines.append(f"{place}.method: qlora's kernels do not run on Apple's GPU (mps); use lora")
+        if getattr(section, "engine", None) == "vllm":
+            lines.append(f"{place}.engine: vllm does not run beside Apple's GPU (mps); use transformers")
+    return lines
+
+
+def sections_in(section: Section, place: str) -> Iterator[tuple[str, Section]]:
+    """Yield all sections inside a section, each with its dotted key.
+
+    Args:
+        section: The outer section.
+        place: Its own key; "" for the whole experiment.
+    """
+    for name in type(section).model_fields:
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            key = f"{place}.{name}".removeprefix(".")
+            yield key, inner
+            yield from sections_in(inner, key)
 
 
 def tracking_problems(experiment: Common) -> list[str]:

@@ -12,7 +12,7 @@ from stages.settings.peft import StagePeft, missing_package, peft_setting, stage
 from stages.settings.policies import simulates_labelers
 from stages.settings.reward_base import RewardBaseSettings, has_own_base, own_names, trunk_stages, with_own_base
 from stages.settings.rounds import start_problems
-from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -24,6 +24,7 @@ METRICS = {
     "margin": "mean score difference between the preferred and the other response",
     **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 

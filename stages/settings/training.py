@@ -15,6 +15,12 @@ WEIGHT_DECAY = "AdamW's decoupled weight decay, for all trained weights except n
 TOO_LONG_ROW = "what to do with a row longer than max_length; dropped and truncated rows are counted and reported"
 TIE_LOSSES = ("davidson", "davidson_luce")
 """Losses of rm and dpo that count ties; all others leave them out."""
+SCALER_METRICS = {
+    "grad_scale": "with model.dtype float16: what losses are multiplied by before the backward pass; halved when "
+    "gradients overflow, doubled after 2000 steps without that",
+    "steps_skipped_by_scaler": "optimizer steps so far that were skipped because gradients overflowed float16; many "
+    "in a row, or grad_scale near 1, mean that the model does not train in float16",
+}
 TIE_METRICS = {
     "ties": "share of a prompt's comparisons that are ties (with davidson its pairs, with davidson_luce its choices)",
     "ties_expected": "the same as the model expects it, from scores and tie_strength",

@@ -284,6 +284,9 @@ def test_its_settings_are_seen_in_the_policys_sections(chain, given):
     seen = with_own_base(experiment)
     assert (seen.model.name_or_path, seen.sft.max_steps, seen.sft.learning_rate) == (str(given), 3, 0.5)
     assert experiment.sft.max_steps is None
+    tokens = ["model.control_tokens=[<|bad|>,<|good|>]", "sft.conditional={scorer: [{rule: words, target: 4}]}"]
+    seen = with_own_base(chain.experiment(f"rm.base={given}", *tokens))
+    assert (seen.model.control_tokens, seen.sft.conditional) == (None, None)
     assert with_own_base(chain.experiment()).model.name_or_path == chain.experiment().model.name_or_path
     assert own_names("sft.max_length: too long; raise it") == "rm.base.sft.max_length: too long; raise it"
     assert own_names("data/sft.jsonl:3: model.peft.method") == "data/sft.jsonl:3: model.peft.method"
