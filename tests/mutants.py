@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "figures are summed over minibatches",
-        "return {key: total / steps for key, total in totals.items()}",
-        "return {key: total / options.epochs for key, total in totals.items()}",
+        "means = {key: total / counts[key] if counts[key] else math.nan for key, total in totals.items()}",
+        "means = {key: total / options.epochs for key, total in totals.items()}",
     ),
     Mutant(
         "ppo",
