@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {".venv", ".vllm", "artifacts", "node_modules", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
+    if not {".venv", ".vllm", ".versions", "artifacts", "node_modules", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"^(?:\.venv/bin/)?rlhf (\w+)", re.MULTILINE)
