@@ -14,6 +14,7 @@ from pipeline.config.sections import (
     RANKED,
     Common,
     DataSource,
+    LaunchSettings,
     ModelSettings,
     PeftSettings,
     is_hub_id,
@@ -200,6 +201,7 @@ def check_common(experiment: Common) -> list[str]:
         *head_problems(model),
         *adapter_problems(model),
         *strategy_problems(experiment),
+        *layout_problems(experiment.launch),
         *attention_problems(model),
         *tracking_problems(experiment),
     ]
@@ -348,37 +350,56 @@ def expression_problem(text: str) -> str:
 
 
 def strategy_problems(experiment: Common) -> list[str]:
-    """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
-    peft, strategy = experiment.model.peft, experiment.launch.strategy
-    return [] if peft is None else sharding_problems(peft, strategy, "model.peft")
+    """Return a line if the adapter method cannot be sharded as the section launch asks."""
+    peft = experiment.model.peft
+    return [] if peft is None else sharding_problems(peft, experiment.launch, "model.peft")
 
 
-def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str]:
+def sharding_problems(peft: PeftSettings, launch: LaunchSettings, place: str) -> list[str]:
     """Return a line if an adapter method cannot be sharded.
 
     Args:
         peft: The settings of the adapter.
-        strategy: launch.strategy.
+        launch: The section launch.
         place: As of `peft_problems`.
     """
-    if strategy != "fsdp2":
-        return []
-    if peft.method == "adalora":
+    setting, otherwise = launch.sharding, "optimizer" if launch.offload == "all" else "ddp"
+    if peft.method == "adalora" and (launch.shards_weights or launch.strategy == "fsdp2"):
         return [
-            f"launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
-            f"ddp, or {place}.method: lora"
+            f"{setting} shards each weight by rows, and adalora needs whole weights to compare ranks; use "
+            f"{otherwise}, or {place}.method: lora"
         ]
+    if not launch.shards_weights:
+        return []
     if peft.method == "qlora":
         return [
-            f"launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
-            f"scales; use ddp, or {place}.method: lora"
+            f"{setting} shards float weights by rows, and qlora's weights are packed bytes that share "
+            f"scales; use {otherwise}, or {place}.method: lora"
         ]
     if peft.method == "prefix_tuning":
         return [
-            f"launch.strategy: fsdp2 shards layer by layer, and a prefix is one weight for all layers; use ddp, or "
+            f"{setting} shards layer by layer, and a prefix is one weight for all layers; use {otherwise}, or "
             f"{place}.method: houlsby"
         ]
     return []
+
+
+def layout_problems(launch: LaunchSettings) -> list[str]:
+    """Return a line for each pair of settings of `launch` that cannot both be meant."""
+    problems = []
+    if launch.shard is not None and launch.strategy == "ddp":
+        problems.append("launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsdp2")
+    if launch.offload == "all" and launch.processes * launch.nodes > 1 and launch.strategy == "ddp":
+        problems.append(
+            "launch.offload: all shards the weights, and launch.strategy ddp keeps them whole; set launch.strategy: "
+            "fsdp2, or launch.offload: optimizer"
+        )
+    if launch.offload == "all" and launch.shard == "optimizer":
+        problems.append(
+            "launch.offload: all shards the weights, and launch.shard optimizer keeps them whole; set launch.shard: "
+            "weights, or launch.offload: optimizer"
+        )
+    return problems
 
 
 def attention_problems(model: ModelSettings) -> list[str]:

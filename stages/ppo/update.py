@@ -117,7 +117,7 @@ def update(
             problems = [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]
             if problems:
                 for trainee in trainees:
-                    trainee.optimizer.zero_grad(set_to_none=True)
+                    trainee.zero_grad()
                 say(learners.skips.skip(problems[0]))
             else:
                 for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):

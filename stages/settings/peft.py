@@ -92,7 +92,7 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
         return []
     peft, place = peft_of(experiment, stage), f"{stage}.peft"
     assert peft is not None
-    return peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
+    return peft_problems(peft, place) + sharding_problems(peft, experiment.launch, place)
 
 
 def missing_package(experiment: "Experiment", stage: str) -> list[str]:

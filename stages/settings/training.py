@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.config.section import Section, setting
+from pipeline.config.sections import LaunchSettings
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 
@@ -94,14 +95,14 @@ class PreferenceTraining(Training):
     )
 
 
-def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sharded: bool) -> list[str]:
+def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], launch: LaunchSettings) -> list[str]:
     """Return a line for each setting of ties that cannot work.
 
     Args:
         section: The settings of the stage.
         name: The stage: rm or dpo.
         losses: Names of its losses.
-        sharded: Whether weights are sharded (launch.strategy fsdp2).
+        launch: The section launch; it says whether weights are sharded.
     """
     named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
     if not named:
@@ -114,10 +115,11 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sh
         lines.append(f"{name}.loss_type: {' and '.join(named)} are two models of the same ties; name one of them")
     if section.tie_strength is not None and section.tie_learning_rate is not None:
         lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
-    if sharded and section.tie_strength is None:
+    if launch.shards_weights and section.tie_strength is None:
+        sharding = launch.sharding.replace(": ", " ")
         lines.append(
-            f"{name}.tie_strength: cannot be learned with launch.strategy fsdp2; state it (1.0: a third of equally "
-            f"good pairs is tied)"
+            f"{name}.tie_strength: cannot be learned with {sharding}; state it (1.0: a third of equally good pairs is "
+            f"tied)"
         )
     return lines
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
+from stages.models.sharding import is_sharded
 from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
@@ -116,7 +117,7 @@ def fit(
             step, began = step + 1, time.perf_counter()
             batch = task.order[(step - 1) * task.batch_size : step * task.batch_size]
             rate = schedule.rate_at(step)
-            logged = accumulate_gradients(accelerator, trainee, task, batch, session.collective)
+            logged = accumulate_gradients(accelerator, trainee, task, batch, is_sharded(trainee.model))
             logged["grad_norm"] = optimizer_step(trainee, rate, step)
             tokens = sum(task.costs[i] for i in batch)
             session.tracker.log(first + step, logged | {"lr": rate}, time.perf_counter() - began, tokens)
