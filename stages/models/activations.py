@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ def to_host(x: Tensor) -> Tensor:
     held = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda")
     # Without waiting: what reads the copy runs later on the same stream.
     return held.copy_(x, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A saved tensor that waits in the CPU's memory."""
+
+    device: torch.device
+    """The device that it came from."""
+    copy: Tensor
+    """Its copy."""
 
 
 class ActivationOffload:
@@ -72,20 +83,19 @@ class ActivationOffload:
         if self.running:
             self.running.pop().__exit__(None, None, None)
 
-    def pack(self, x: Tensor) -> tuple[torch.device, Tensor]:
-        """Return what waits in place of a saved tensor."""
+    def pack(self, x: Tensor) -> Tensor | Waiting:
+        """Return what is kept in place of a saved tensor."""
         if x.nbytes < SMALLEST or is_weight(x):
-            return x.device, x
+            return x
         copies = self.copies.setdefault(x.untyped_storage(), {})
         key = (x.dtype, x.shape, x.stride(), x.storage_offset(), x._version)  # in-place changes count it up
         if key not in copies:
             copies[key] = self.keep(x)
-        return x.device, copies[key]
+        return Waiting(x.device, copies[key])
 
-    def unpack(self, packed: tuple[torch.device, Tensor]) -> Tensor:
+    def unpack(self, kept: Tensor | Waiting) -> Tensor:
         """Return the saved tensor, on its device."""
-        device, x = packed
-        return x.to(device, non_blocking=True)
+        return kept if isinstance(kept, Tensor) else kept.copy.to(kept.device, non_blocking=True)
 
 
 def is_weight(x: Tensor) -> bool:

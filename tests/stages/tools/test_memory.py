@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from data.groups import make_rows
 from pipeline.api import load_experiment
+from pipeline.config.sections import LaunchSettings
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.loading import prepare
@@ -95,7 +96,7 @@ class TestStagesThatSample:
         config = memory.model_config(experiment.model)
 
         def passes(steps):
-            return take_passes(config, steps, "float32", "cpu", parts=memory.sharers(experiment))
+            return take_passes(config, steps, "float32", "cpu", sharded=memory.is_sharded(experiment))
 
         given = (experiment, config, passes, "float32")
         return {"rankings": memory.of_rankings(*given), "evaluate": memory.of_evaluate(*given)}
@@ -177,7 +178,7 @@ def test_a_step_of_a_soft_prompt(method):
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo_settings.PPOSettings(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
+        ppo=ppo_settings.PPOSettings(**options), launch=LaunchSettings(),
         rm=SimpleNamespace(ensemble=1), sft=SimpleNamespace(ppo_init=None),
     )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731
