@@ -468,14 +468,6 @@ class LaunchSettings(Section):
             )
         return value
 
-    @field_validator("offload", mode="before")
-    @classmethod
-    def _no_flag(cls, value: Any) -> Any:
-        # YAML 1.1 reads `off` as false
-        if isinstance(value, bool):
-            raise ValueError("should be none, optimizer or all")
-        return value
-
     @property
     def shards_weights(self) -> bool:
         """Return whether fully_shard holds the weights, for several processes or the CPU."""
