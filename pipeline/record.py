@@ -66,7 +66,7 @@ def manifest_of(
 
 def process_facts(experiment: Common) -> dict[str, Any]:
     """Return who runs the stage, and what the last bits of its results may depend on."""
-    facts = environment.facts()
+    facts = environment.facts(experiment.launch.device)
     layout = experiment.launch.layout(facts["world_size"])
     return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": layout}
 

@@ -6,9 +6,11 @@ return whole lines "section.key: what is wrong; what to do".
 
 import glob
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.section import Section
 from pipeline.config.sections import (
     KINDS,
     RANKED,
@@ -37,6 +39,9 @@ SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
+    "r": LOW_RANK,
+    "lora_alpha": LOW_RANK,
+    "lora_dropout": LOW_RANK,
     "target_modules": LOW_RANK,
     "init_r": ("adalora",),
     "bits": ("qlora",),
@@ -200,9 +205,9 @@ def check_common(experiment: Common) -> list[str]:
         *shots_problems(experiment),
         *head_problems(model),
         *adapter_problems(model),
-        *strategy_problems(experiment),
-        *layout_problems(experiment.launch),
+        *layout_problems(experiment.launch, experiment.model.dtype),
         *attention_problems(model),
+        *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
     ]
 
@@ -349,44 +354,20 @@ def expression_problem(text: str) -> str:
     return ""
 
 
-def strategy_problems(experiment: Common) -> list[str]:
-    """Return a line if the adapter method cannot be sharded as the section launch asks."""
-    peft = experiment.model.peft
-    return [] if peft is None else sharding_problems(peft, experiment.launch, "model.peft")
-
-
-def sharding_problems(peft: PeftSettings, launch: LaunchSettings, place: str) -> list[str]:
-    """Return a line if an adapter method cannot be sharded.
+def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
+    """Return a line for each pair of settings of shards and offloading that cannot both be meant.
 
     Args:
-        peft: The settings of the adapter.
         launch: The section launch.
-        place: As of `peft_problems`.
+        dtype: What products are computed in; "auto" is checked when that is known.
     """
-    setting, otherwise = launch.sharding, "optimizer" if launch.offload == "all" else "ddp"
-    if peft.method == "adalora" and (launch.shards_weights or launch.strategy == "fsdp2"):
-        return [
-            f"{setting} shards each weight by rows, and adalora needs whole weights to compare ranks; use "
-            f"{otherwise}, or {place}.method: lora"
-        ]
-    if not launch.shards_weights:
-        return []
-    if peft.method == "qlora":
-        return [
-            f"{setting} shards float weights by rows, and qlora's weights are packed bytes that share "
-            f"scales; use {otherwise}, or {place}.method: lora"
-        ]
-    if peft.method == "prefix_tuning":
-        return [
-            f"{setting} shards layer by layer, and a prefix is one weight for all layers; use {otherwise}, or "
-            f"{place}.method: houlsby"
-        ]
-    return []
-
-
-def layout_problems(launch: LaunchSettings) -> list[str]:
-    """Return a line for each pair of settings of `launch` that cannot both be meant."""
     problems = []
+    if dtype == "float16" and (launch.offload == "optimizer" or launch.shard == "optimizer"):
+        place = "launch.offload" if launch.offload == "optimizer" else "launch.shard"
+        problems.append(
+            f"{place}: optimizer steps other tensors than those whose gradients float16 scales; set {place}: "
+            f"{'all' if place == 'launch.offload' else 'gradients'}, or model.dtype: float32"
+        )
     if launch.shard is not None and launch.strategy == "ddp":
         problems.append("launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsdp2")
     if launch.offload == "all" and launch.processes * launch.nodes > 1 and launch.strategy == "ddp":
@@ -410,6 +391,41 @@ def attention_problems(model: ModelSettings) -> list[str]:
             "sdpa"
         ]
     return []
+
+
+def apple_problems(experiment: Common) -> list[str]:
+    """Return a line for each setting, of whatever section, that Apple's GPU (mps) cannot do."""
+    lines, launch = [], experiment.launch
+    if launch.processes * launch.nodes > 1:
+        lines.append(
+            f"launch.processes: {launch.processes * launch.nodes} in all, and Apple's GPU (mps) takes one, since "
+            f"torch.distributed does not know it; set launch.processes: 1, or launch.device: cpu"
+        )
+    if experiment.model.attn_implementation == "flash_attention_2":
+        lines.append("model.attn_implementation: flash_attention_2 needs a CUDA GPU, and this is Apple's; use sdpa")
+    if launch.offload in ("optimizer", "all") or launch.offload_activations:
+        lines.append("launch.offload: Apple's GPU (mps) has the CPU's memory, so nothing is saved; leave it out")
+    for place, section in sections_in(experiment, ""):
+        if getattr(section, "method", None) == "qlora":
+            lines.append(f"{place}.method: qlora's kernels do not run on Apple's GPU (mps); use lora")
+        if getattr(section, "engine", None) == "vllm":
+            lines.append(f"{place}.engine: vllm does not run beside Apple's GPU (mps); use transformers")
+    return lines
+
+
+def sections_in(section: Section, place: str) -> Iterator[tuple[str, Section]]:
+    """Yield all sections inside a section, each with its dotted key.
+
+    Args:
+        section: The outer section.
+        place: Its own key; "" for the whole experiment.
+    """
+    for name in type(section).model_fields:
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            key = f"{place}.{name}".removeprefix(".")
+            yield key, inner
+            yield from sections_in(inner, key)
 
 
 def tracking_problems(experiment: Common) -> list[str]:

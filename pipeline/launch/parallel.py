@@ -175,12 +175,13 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the ranks.
 
     A parameter that has no gradient on any rank keeps None, so that optimizers skip it as they do
-    with one process. Gradients of sharded parameters are left alone: FSDP has summed them already.
+    with one process. Gradients of sharded parameters are left alone, since FSDP has summed them.
+    Those that every process holds whole beside them are DTensors too, but unknown to FSDP.
 
     Args:
         parameters: the same parameters on every rank, in the same order.
     """
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    parameters = [p for p in parameters if not isinstance(p, DTensor) or all(x.is_replicate() for x in p.placements)]
     if rank_and_world_size()[1] == 1 or not parameters:
         return
     counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
@@ -190,7 +191,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if count:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            gradients.append(p.grad)
+            gradients.append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
     all_reduce_tensors(gradients)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.config.section import Section, setting
-from pipeline.config.sections import LaunchSettings
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 
@@ -16,6 +15,12 @@ WEIGHT_DECAY = "AdamW's decoupled weight decay, for all trained weights except n
 TOO_LONG_ROW = "what to do with a row longer than max_length; dropped and truncated rows are counted and reported"
 TIE_LOSSES = ("davidson", "davidson_luce")
 """Losses of rm and dpo that count ties; all others leave them out."""
+SCALER_METRICS = {
+    "grad_scale": "with model.dtype float16: what losses are multiplied by before the backward pass; halved when "
+    "gradients overflow, doubled after 2000 steps without that",
+    "steps_skipped_by_scaler": "optimizer steps so far that were skipped because gradients overflowed float16; many "
+    "in a row, or grad_scale near 1, mean that the model does not train in float16",
+}
 TIE_METRICS = {
     "ties": "share of a prompt's comparisons that are ties (with davidson its pairs, with davidson_luce its choices)",
     "ties_expected": "the same as the model expects it, from scores and tie_strength",
@@ -95,14 +100,13 @@ class PreferenceTraining(Training):
     )
 
 
-def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], launch: LaunchSettings) -> list[str]:
+def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str]) -> list[str]:
     """Return a line for each setting of ties that cannot work.
 
     Args:
         section: The settings of the stage.
         name: The stage: rm or dpo.
         losses: Names of its losses.
-        launch: The section launch; it says whether weights are sharded.
     """
     named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
     if not named:
@@ -115,12 +119,6 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], la
         lines.append(f"{name}.loss_type: {' and '.join(named)} are two models of the same ties; name one of them")
     if section.tie_strength is not None and section.tie_learning_rate is not None:
         lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
-    if launch.shards_weights and section.tie_strength is None:
-        sharding = launch.sharding.replace(": ", " ")
-        lines.append(
-            f"{name}.tie_strength: cannot be learned with {sharding}; state it (1.0: a third of equally good pairs is "
-            f"tied)"
-        )
     return lines
 
 
