@@ -280,6 +280,19 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
     return model
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Free weights that a forward pass without a backward pass has left gathered.
+
+    They would hide the shards from `parameters`, and outlive the loading of others.
+
+    Args:
+        model: The model; one that is not sharded is left as it is.
+    """
+    for member in members(model):
+        for module in fsdp_modules(unwrapped(member)):
+            module.reshard()
+
+
 @torch.no_grad()
 def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
     """Gather the weights of a sharded model into a copy without weights.
@@ -289,6 +302,7 @@ def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
         model: The sharded model.
         keep: Whether this process keeps them; all take part.
     """
+    free_gathered(model)
     device = next(inside.parameters()).device
     # What autocast would cast at every pass is kept in its dtype, at half the memory.
     casts = torch.is_autocast_enabled(device.type)

@@ -48,11 +48,9 @@ class StandIns:
             if p.grad is None:
                 continue
             gradient = self.rows(p.grad)
-            if self.on_cpu:
-                gradient = copied_to_host(gradient)
-                # Each time: between steps, a checkpoint or the best weights may have been loaded.
-                local_shard(held).copy_(local_shard(self.rows(p)))
-            held.grad = gradient
+            # Each time: between steps, a checkpoint or the best weights may have been loaded.
+            copy_unless_shared(self.rows(p), held)
+            held.grad = copied_to_host(gradient) if self.on_cpu else gradient
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -62,8 +60,7 @@ class StandIns:
                 continue
             held.grad = None
             part = self.rows(p)
-            if self.on_cpu:
-                local_shard(part).copy_(local_shard(held))
+            copy_unless_shared(held, part)
             if isinstance(part, DTensor) and not isinstance(p, DTensor):
                 p.copy_(part.full_tensor())
 
@@ -79,6 +76,16 @@ def own_rows(x: Tensor, mesh: DeviceMesh) -> DTensor:
     first = min(mesh.get_local_rank() * each, x.shape[0])
     rows = x.detach()[first : first + each]
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=x.shape, stride=x.stride())
+
+
+def copy_unless_shared(source: Tensor, target: Tensor) -> None:
+    """Copy this process's part of a tensor to another one, unless both are the same memory.
+
+    A trainer may have given a weight other memory since the optimizer was made.
+    """
+    mine, theirs = local_shard(source), local_shard(target)
+    if mine.data_ptr() != theirs.data_ptr():
+        theirs.copy_(mine)
 
 
 def copied_to_host(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Each function takes a trainer class and returns a subclass with one change; `mak
 text.py combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,11 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
     class ShardedTrainer(with_whole_states(trainer_class)):
         def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
             pass  # `shard_model` moves a layer at a time: the device may have no room for the whole
+
+        def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+            # transformers would keep whole gradients until the last micro-batch of a step, by a
+            # setting that a model has which transformers itself has sharded
+            return nullcontext()
 
         def shard_model(self, checkpoint: Path | None) -> None:
             """Keep this rank's shard of the weights.

@@ -15,7 +15,7 @@ from stages.models.adalora import adamw_for
 from stages.models.adapters import trainable_parameters, unwrapped
 from stages.models.layout import Layout
 from stages.models.loading import score_head
-from stages.models.sharding import local_shard, shard_like, to_float
+from stages.models.sharding import free_gathered, local_shard, shard_like, to_float
 from stages.objectives.control import update_average
 from stages.training.stand_ins import StandIns, stand_in
 
@@ -78,6 +78,7 @@ class Trainee:
                     f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
                     f"{tuple(p.shape)}; start again with --restart"
                 )
+        free_gathered(self.model)
         for name, p in self.parameters.items():
             p.copy_(shard_like(p, tensors[name]))
 
