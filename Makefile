@@ -9,6 +9,8 @@ BENCH     ?= ppo
 KILLS     ?= 200
 EXTRAS    ?= dev
 PYTHON    ?= python3
+VERSIONS  ?=
+VERSIONS_TESTS ?=
 
 VENV  := .venv
 RLHF  := $(VENV)/bin/rlhf
@@ -18,7 +20,7 @@ STAMP := $(VENV)/.installed
 # would have no effect and no message. Here a name with a dot (also name and seed) is a setting of the
 # experiment and is passed to rlhf as it is; any other name must be a variable of this file.
 # .VARIABLES, value and origin exist in GNU make 3.81 already.
-KNOWN   := CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON
+KNOWN   := CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS
 INNER   := VENV RLHF STAMP SHELL MAKEFLAGS
 STAGES  := world base sft rankings rm ppo dpo evaluate report
 GIVEN   := $(foreach .v,$(.VARIABLES),$(if $(filter command,$(origin $(.v))),$(.v)))
@@ -45,7 +47,7 @@ RUN      = @$(RLHF) run $@ $(PLACE) $(SETTINGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo world base sft rankings rm ppo dpo evaluate report status doctor rank playground chat \
-        test test-slow lint bench faults frontier clean-artifacts
+        test test-slow test-versions lint bench faults frontier clean-artifacts
 
 help: ## show this list
 	@echo 'make TARGET [CONFIG=configs/tiny.yaml] [ARTIFACTS=artifacts] [ppo.kl_coef=0.05 ...]'
@@ -107,6 +109,8 @@ test: $(STAMP) ## the quick tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -m slow -n logical --dist loadfile --no-loadscope-reorder
+test-versions: $(STAMP) ## them with the lowest and newest libraries on each Python (VERSIONS=lowest VERSIONS_TESTS=tests/data)
+	@$(VENV)/bin/python tests/versions/matrix.py $(VERSIONS:%=--only %) --tests=$(call quoted,$(VERSIONS_TESTS))
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    path
-    for path in ROOT.rglob("*.md")
-    if not {".venv", ".vllm", "artifacts", "node_modules", ".pytest_cache"} & set(path.relative_to(ROOT).parts)
-)
+NOT_OURS = {".venv", ".vllm", ".versions", "artifacts", "node_modules", ".pytest_cache"}
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not NOT_OURS & set(path.relative_to(ROOT).parts))
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"^(?:\.venv/bin/)?rlhf (\w+)", re.MULTILINE)
 TARGET = re.compile(r"^make ([a-z-]+)", re.MULTILINE)

@@ -69,7 +69,10 @@ def test_set_adds_to_dotted_variables(make):
         (["ARTIFACT=x", "sft"], "did you mean ARTIFACTS=x?"),
         (["sft", "kl_coef=0.2"], 'sft.kl_coef=0.2, or SET="sft.kl_coef=0.2"'),
         (["kl_coef=0.2"], 'ppo.kl_coef=0.2, or SET="ppo.kl_coef=0.2"'),
-        (["clean-artifacts", "FORCE=1"], "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON"),
+        (
+            ["clean-artifacts", "FORCE=1"],
+            "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS",
+        ),
     ],
 )
 def test_an_unknown_variable_is_refused(make, words, message):

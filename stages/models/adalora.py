@@ -106,6 +106,9 @@ class AdaLora(torch.optim.AdamW):
             options: As of AdamW.
         """
         super().__init__(params, **options)
+        # Otherwise torch's GradScaler would call `step` for gradients that overflowed, too: a fused
+        # AdamW then leaves weights alone, but the averages here would be lost.
+        self._step_supports_amp_scaling = False
         self.triplets, self.rank, self.steps = triplets, rank, steps
         for group in self.param_groups:
             group["taken"] = 0  # steps so far

@@ -287,7 +287,16 @@ def table(rows: Sequence[dict], seeds: Sequence[int]) -> str:
                 *differences,
             ]
         )
-    headings = ["", "gold", "gold, held-out tasks", "score", "KL to SFT", "gold − SFT's", "gold − PPO's", "gold − best of n's"]
+    headings = [
+        "",
+        "gold",
+        "gold, held-out tasks",
+        "score",
+        "KL to SFT",
+        "gold − SFT's",
+        "gold − PPO's",
+        "gold − best of n's",
+    ]
     return markdown(headings, lines)
 
 

@@ -178,3 +178,18 @@ def test_a_run_that_goes_on_with_weight_decay_knows_its_step(causal, rows):
         load_optimizer(trainee.optimizer, *regroup_optimizer(trainee, tensors, state))
     found = [(group["taken"], group["weight_decay"]) for group in trainee.optimizer.param_groups]
     assert found == [(3, 0.1), (3, 0.0)]
+
+
+def test_gradients_that_overflow_leave_no_trace(causal):
+    """As under float16: the scaler skips the step, and the averages stay what they were."""
+    model = with_adapter(causal("llama"), AdapterSettings(method="adalora", r=RANK))
+    weights = list(trainable_parameters(model).values())
+    optimizer = AdaLora(weights, triplets=triplets_of(model), rank=RANK, steps=4, lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for fill, taken in ((float("inf"), 0), (0.1, 1)):
+        for p in weights:
+            p.grad = torch.full_like(p, fill)
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.param_groups[0]["taken"] == taken and bool(optimizer.state) == bool(taken)

@@ -137,6 +137,25 @@ def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settin
     assert published(root / "micro" / stage) == whole
 
 
+OWN_BASE = [
+    "rm.base={hidden_size: 24, num_attention_heads: 3, vocab_size: 600, sft: {max_steps: 2, max_length: 96}}",
+    *("rm.max_length=96", "ppo.total_episodes=16"),
+]
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_base_and_tokenizer(oracle, tmp_path):
+    """rm_base, rm_sft and rm are sharded; in ppo it reads texts, whole in each process."""
+    found = {}
+    for strategy in ("ddp", "fsdp2"):
+        root = copy_without(oracle, tmp_path / strategy, "ppo")
+        run = ("run", "ppo", "-c", str(CONFIG), "--artifacts", str(root), f"launch.strategy={strategy}", *OWN_BASE)
+        assert rlhf_together(*run, seconds=600) == [0, 0]
+        found[strategy] = root / "micro"
+    for stage in ("rm_base", "rm_sft", "rm", "ppo"):
+        assert_same_results(found["fsdp2"] / stage, found["ddp"] / stage, first=1e-3, later=1e-2)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(oracle, tmp_path_factory):
     """Return a function that makes a stage's artifacts with two undisturbed processes."""

@@ -44,4 +44,6 @@ def test_the_hardware_is_described(monkeypatch):
         raise FileNotFoundError(self)
 
     monkeypatch.setattr(pathlib.Path, "read_text", nothing)
-    assert describe_hardware()["cpu"] and describe_hardware()["memory_gb"] is None
+    assert describe_hardware()["cpu"] and describe_hardware()["memory_gb"] > 0.1  # as macOS says it
+    monkeypatch.setattr(os, "sysconf", nothing)
+    assert describe_hardware()["memory_gb"] is None
