@@ -147,7 +147,8 @@ def test_what_is_offloaded_leaves_the_gpu():
     shards = take_step(*given, parts=2, layout=Layout(offload="optimizer"))
     assert shards.host == pytest.approx(2 * whole, rel=0.01)
     everything = take_step(*given, layout=Layout(offload="all"))
-    assert everything.step < plain.step + whole // 2 + plain.moments and everything.host == pytest.approx(
+    assert everything.step < plain.step + whole + plain.moments
+    assert everything.host == pytest.approx(
         whole, rel=0.01
     )  # the gradients
     activations = take_step(*given, layout=Layout(offload_activations=True))
