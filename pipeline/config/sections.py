@@ -523,7 +523,7 @@ class LaunchSettings(Section):
         Args:
             processes: Number of processes.
         """
-        parts = []
+        parts: list[str] = []
         if processes > 1:
             parts.append(self.strategy)
             if self.strategy == "fsdp2" and self.shard not in (None, "weights"):

@@ -148,9 +148,7 @@ def test_what_is_offloaded_leaves_the_gpu():
     assert shards.host == pytest.approx(2 * whole, rel=0.01)
     everything = take_step(*given, layout=Layout(offload="all"))
     assert everything.step < plain.step + whole + plain.moments
-    assert everything.host == pytest.approx(
-        whole, rel=0.01
-    )  # the gradients
+    assert everything.host == pytest.approx(whole, rel=0.01)  # the gradients
     activations = take_step(*given, layout=Layout(offload_activations=True))
     assert activations.step < 0.8 * plain.step and activations.host > 0.2 * plain.step
     on_cpu = take_step(*given[:-1], "cpu", layout=Layout(offload_activations=True))
