@@ -67,8 +67,8 @@ def manifest_of(
 def process_facts(experiment: Common) -> dict[str, Any]:
     """Return who runs the stage, and what the last bits of its results may depend on."""
     facts = environment.facts(experiment.launch.device)
-    strategy = experiment.launch.strategy if facts["world_size"] > 1 else None
-    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": strategy}
+    layout = experiment.launch.layout(facts["world_size"])
+    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": layout}
 
 
 def headline(stage: Stage, metrics: dict[str, Any]) -> list[str]:

@@ -155,7 +155,9 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         groups = data.judge if name == JUDGE else data.groups
         ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device, model)
         ctx.confirm_folders()
-        trainee = trainee_of(config, model, plan[k], config.head_learning_rate, **learned_ties(config, ties))
+        trainee = trainee_of(
+            config, model, plan[k], config.head_learning_rate, layout=runtime.layout, **learned_ties(config, ties)
+        )
         if k == 0:
             sets = len(names) - 1 + (config.keep == "best")
             say_written(session, provenance, [model], [model], sum(plan), sets=sets, copies=len(names))

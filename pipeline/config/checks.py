@@ -16,6 +16,7 @@ from pipeline.config.sections import (
     RANKED,
     Common,
     DataSource,
+    LaunchSettings,
     ModelSettings,
     PeftSettings,
     is_hub_id,
@@ -204,6 +205,7 @@ def check_common(experiment: Common) -> list[str]:
         *shots_problems(experiment),
         *head_problems(model),
         *adapter_problems(model),
+        *layout_problems(experiment.launch, experiment.model.dtype),
         *attention_problems(model),
         *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
@@ -352,6 +354,35 @@ def expression_problem(text: str) -> str:
     return ""
 
 
+def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
+    """Return a line for each pair of settings of shards and offloading that cannot both be meant.
+
+    Args:
+        launch: The section launch.
+        dtype: What products are computed in; "auto" is checked when that is known.
+    """
+    problems = []
+    if dtype == "float16" and (launch.offload == "optimizer" or launch.shard == "optimizer"):
+        place = "launch.offload" if launch.offload == "optimizer" else "launch.shard"
+        problems.append(
+            f"{place}: optimizer steps other tensors than those whose gradients float16 scales; set {place}: "
+            f"{'all' if place == 'launch.offload' else 'gradients'}, or model.dtype: float32"
+        )
+    if launch.shard is not None and launch.strategy == "ddp":
+        problems.append("launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsdp2")
+    if launch.offload == "all" and launch.processes * launch.nodes > 1 and launch.strategy == "ddp":
+        problems.append(
+            "launch.offload: all shards the weights, and launch.strategy ddp keeps them whole; set launch.strategy: "
+            "fsdp2, or launch.offload: optimizer"
+        )
+    if launch.offload == "all" and launch.shard == "optimizer":
+        problems.append(
+            "launch.offload: all shards the weights, and launch.shard optimizer keeps them whole; set launch.shard: "
+            "weights, or launch.offload: optimizer"
+        )
+    return problems
+
+
 def attention_problems(model: ModelSettings) -> list[str]:
     """Return a line if the attention kernel does not support the precision."""
     if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
@@ -372,6 +403,8 @@ def apple_problems(experiment: Common) -> list[str]:
         )
     if experiment.model.attn_implementation == "flash_attention_2":
         lines.append("model.attn_implementation: flash_attention_2 needs a CUDA GPU, and this is Apple's; use sdpa")
+    if launch.offload in ("optimizer", "all") or launch.offload_activations:
+        lines.append("launch.offload: Apple's GPU (mps) has the CPU's memory, so nothing is saved; leave it out")
     for place, section in sections_in(experiment, ""):
         if getattr(section, "method", None) == "qlora":
             lines.append(f"{place}.method: qlora's kernels do not run on Apple's GPU (mps); use lora")

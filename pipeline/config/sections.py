@@ -468,7 +468,23 @@ class LaunchSettings(Section):
     strategy: Literal["ddp", "fsdp2"] = setting(
         "ddp",
         "how several processes hold the models they train: ddp: each holds everything; fsdp2: each holds a shard of "
-        "every weight, gradient and optimizer moment (torch's fully_shard, equivalent to ZeRO-3)",
+        "what `shard` names",
+    )
+    shard: Literal["optimizer", "gradients", "weights"] | None = setting(
+        None,
+        "what fsdp2 shards: optimizer: the moments (ZeRO-1); gradients: these too, and weights except from a forward "
+        "pass to its backward pass (the memory of ZeRO-2); weights: every weight, gradient and moment (torch's "
+        "fully_shard, ZeRO-3); null: weights",
+    )
+    offload: Literal["none", "optimizer", "all"] | None = setting(
+        None,
+        "what is kept in the CPU's memory: optimizer: Adam's moments, and it steps there; all: weights and gradients "
+        "too, with a layer at a time on the GPU (torch's fully_shard, with one process too); null: none",
+    )
+    offload_activations: bool | None = setting(
+        None,
+        "whether what a forward pass keeps for its backward pass waits in the CPU's memory; with "
+        "model.gradient_checkpointing only the input of each layer is kept; null: false",
     )
     nodes: int = setting(1, "number of machines with that many processes each; for --submit", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
@@ -481,12 +497,40 @@ class LaunchSettings(Section):
     @field_validator("strategy", mode="before")
     @classmethod
     def _no_deepspeed(cls, value: Any) -> Any:
-        if value in ("zero1", "zero2", "zero3", "deepspeed"):
+        zero = {"zero1": "optimizer", "zero2": "gradients", "zero3": "weights"}
+        if value in zero:
+            raise ValueError(f"should be 'fsdp2', with launch.shard: {zero[value]} for what {value} shards")
+        if value == "deepspeed":
             raise ValueError(
-                "should be 'fsdp2', which shards the same state as ZeRO-3 (and so covers ZeRO-1 and ZeRO-2); "
-                "DeepSpeed is not supported"
+                "should be 'fsdp2', with launch.shard: optimizer, gradients or weights for ZeRO-1, 2 or 3; DeepSpeed "
+                "is not supported"
             )
         return value
+
+    @property
+    def shards_weights(self) -> bool:
+        """Return whether fully_shard holds the weights, for several processes or the CPU."""
+        return self.offload == "all" or (self.strategy == "fsdp2" and self.shard != "optimizer")
+
+    @property
+    def sharding(self) -> str:
+        """Return the setting because of which `shards_weights` is true."""
+        return "launch.offload: all" if self.offload == "all" else "launch.strategy: fsdp2"
+
+    def layout(self, processes: int) -> str | None:
+        """Return in words how training is laid out; None for one process that holds everything.
+
+        Args:
+            processes: Number of processes.
+        """
+        parts: list[str] = []
+        if processes > 1:
+            parts.append(self.strategy)
+            if self.strategy == "fsdp2" and self.shard not in (None, "weights"):
+                parts.append(f"shard {self.shard}")
+        if self.offload not in (None, "none"):
+            parts.append(f"offload {self.offload}")
+        return ", ".join(parts) or None
 
 
 class TakenSettings(Section):

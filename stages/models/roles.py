@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.models.activations import offload_activations
 from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, share_frozen, unwrapped, with_adapter
 from stages.models.ensemble import load_ensemble
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
+from stages.models.layout import Layout
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.packing import can_pack
 from stages.models.precision import CAST, cast_frozen
@@ -24,7 +26,9 @@ from stages.models.sharding import is_sharded, make_on_rank_zero, shard
 CACHED = 2**19  # numbers of hidden state; measured from 256 to 576 per token, tests/benchmarks/LOG.md
 
 
-def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool) -> nn.Module:
+def make_on_device(
+    make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool, layout: Layout | None = None
+) -> nn.Module:
     """Make a model and move it to where it computes, whole or as this process's shard.
 
     Args:
@@ -32,6 +36,7 @@ def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: 
         accelerator: Gives the device and what products are computed in.
         max_length: Longest row in tokens; decides whether the model can read packed rows.
         sharded: Whether each process keeps a shard; then all processes call this together.
+        layout: When a sharded model's weights are freed, and where they lie; None: as `Layout()`.
     """
 
     def prepared() -> nn.Module:
@@ -46,7 +51,7 @@ def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: 
     if not sharded:
         return prepared().to(accelerator.device)
     model = make_on_rank_zero(prepared)
-    shard(model, accelerator.device)
+    shard(model, accelerator.device, layout=layout)
     return model
 
 
@@ -75,6 +80,8 @@ class Roles:
     """Name of a trained role: a function that reloads the model it started from.
 
     Publication needs it, since frozen weights that were cast are written in float32."""
+    layout: Layout = field(default_factory=Layout)
+    """What else is sharded or offloaded while they train."""
 
     def most_tokens(self) -> int | None:
         """Return the most tokens that a micro-batch should have; see `most_tokens`."""
@@ -179,6 +186,8 @@ class RoleOptions:
     """Whether policy and value model recompute activations in the backward pass."""
     sharded: bool = False
     """Whether each process keeps a shard of every model; then no two roles share weights."""
+    layout: Layout = field(default_factory=Layout)
+    """What else is sharded or offloaded."""
     policy_seed: int = 0
     """Seed of the policy's adapter."""
     value_seed: int = 0
@@ -205,7 +214,7 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     def place(make: Callable[[], nn.Module]) -> nn.Module:
         # Shares with the models placed before, one at a time: the device never holds two trunks
         # more than it has to.
-        model = make_on_device(make, accelerator, options.max_length, options.sharded)
+        model = make_on_device(make, accelerator, options.max_length, options.sharded, options.layout)
         if not options.sharded:
             share_frozen(model, placed)
         placed.append(model)
@@ -263,12 +272,14 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     reward_models = {one.name: load_frozen(load_scalar(one.trunk), one) for one in folders.reward_models}
     value_model = place(load_value_model) if folders.has_value_model else None
     judge = None if folders.judge is None else load_frozen(load_scalar_model, folders.judge)
-    if options.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-        if value_model is not None:
-            value_model.activation_checkpointing_enable()
+    for model in [policy] if value_model is None else [policy, value_model]:
+        if options.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if options.layout.offload_activations:
+            offload_activations(model)
     reload = {"policy": load_start, "value_model": load_value_start}
-    return Roles(policy, ref_policy, reward_models, value_model, tokenizer, accelerator, judge, reload=reload)
+    roles = (policy, ref_policy, reward_models, value_model, tokenizer, accelerator, judge)
+    return Roles(*roles, reload=reload, layout=options.layout)
 
 
 @contextmanager

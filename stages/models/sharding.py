@@ -1,17 +1,19 @@
 """Shard models: each process holds a share of every weight, its gradient and its moments.
 
-This is torch's FSDP2 (ZeRO-3). A forward pass through a sharded model all-gathers one decoder layer
-after the other, in all processes at once, so all must make the same number of passes
-(`parallel.padded_micro_batches`). The sampler's number of passes is not known beforehand, so it
-reads a copy that is gathered whole (`gathered`). Only rank 0 reads models from disk: it makes them
-(`make_on_rank_zero`) and sends out the shards (`shard`).
+This is torch's FSDP2 (ZeRO-3). A forward pass through a sharded model all-gathers one decoder
+layer after the other, in all processes at once, so all must make the same number of passes
+(`parallel.padded_micro_batches`). With `shard: gradients`, layers stay gathered until their
+backward pass; with `offload: all`, shards lie in the CPU's memory, with one process too. The
+sampler's number of passes is not known beforehand, so it reads a copy that is gathered whole
+(`gathered`). Only rank 0 reads models from disk: it makes them (`make_on_rank_zero`) and sends out
+the shards (`shard`).
 """
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.ensemble import members
+from stages.models.layout import Layout
 from stages.models.packing import NAME as PACKED
 from stages.models.packing import register
 from stages.models.precision import castable, uncast
@@ -77,23 +80,35 @@ def _unpickled(sent: bytes | None) -> nn.Module | None:
     return model
 
 
-def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None:
-    """Keep this process's share of each weight, on `device`.
+def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout: Layout | None = None) -> None:
+    """Keep this process's share of each weight, on `device`, or in the CPU's memory.
 
     All processes call it with the same model, whose weights are those on rank 0. With one process
-    the model stays whole.
+    the model stays whole, unless it is offloaded.
 
     Args:
         model: Made by `make_on_rank_zero`; changed.
-        device: Where the shard goes.
+        device: Where the shard goes, and where the model computes.
         mean: Whether gradients are averaged over processes; otherwise they are summed.
+        layout: When weights are freed, and whether shards are offloaded; None: as `Layout()` says.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 
+    layout = layout or Layout()
+    offloads = layout.offload == "all"
     if rank_and_world_size()[1] == 1:
-        model.to(device)
-        return
+        if not offloads:
+            model.to(device)
+            return
+        _meet_alone(device)
     mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    # What does not train has no backward pass to wait for.
+    keeps_gathered = layout.shard == "gradients" and any(p.requires_grad for p in model.parameters())
+    if keeps_gathered:
+        options["reshard_after_forward"] = False
+    if offloads:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for member in members(model):
         inner = unwrapped(member)
         # Set in __dict__: as a submodule it would add its parameters to the model's.
@@ -102,13 +117,16 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
         # Each is sharded before the next is sent, so a device never holds two whole layers.
         for layer in decoder_layers(inner):
             _broadcast_weights(layer, device)
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, **options)
         _broadcast_weights(inner, device)
         # Resharded too: otherwise gathered weights would survive the loading of others.
-        fully_shard(inner, mesh=mesh, reshard_after_forward=True)
+        fully_shard(inner, **options)
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
+        if keeps_gathered:
+            for module in fsdp_modules(inner):
+                module.register_forward_hook(_free_without_backward)
         if is_adapted(member):
             # peft's AdaLoRA calls the forward method itself, past the hook that gathers weights.
             member.base_model.__dict__["forward"] = inner.__call__
@@ -116,6 +134,19 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
             for module in fsdp_modules(inner):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _meet_alone(device: torch.device) -> None:
+    """Initialize torch.distributed for a single process, as fully_shard needs."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _free_without_backward(module: nn.Module, args: tuple, result: Any) -> None:
+    """Free gathered weights after a forward pass without gradients: no backward pass will do it."""
+    if not torch.is_grad_enabled():
+        module.reshard()
 
 
 @torch.no_grad()
@@ -147,8 +178,8 @@ def decoder_layers(inner: nn.Module) -> list[nn.Module]:
     by_name = {name: module for name, module in inner.named_modules() if type(module).__name__ in names}
     if not by_name:
         raise UserError(
-            f"launch.strategy: fsdp2 shards layer by layer, and transformers names no layers of a "
-            f"{inner.config.model_type} model; use ddp"
+            f"launch.strategy: fsdp2 (and launch.offload: all) shards layer by layer, and transformers names no layers "
+            f"of a {inner.config.model_type} model; use ddp"
         )
 
     def is_inside_another(name: str) -> bool:
@@ -180,8 +211,12 @@ def compute_gathered(model: nn.Module, function: Callable[[], Result]) -> Result
     """
     if not is_sharded(model):
         return function()
-    with autocast_without_cache(next(model.parameters()).device.type):
-        return unwrapped(model).compute(function)
+    inner = unwrapped(model)
+    with autocast_without_cache(next(model.skeleton.parameters()).device.type):
+        result = inner.compute(function)
+    if not torch.is_grad_enabled():  # it may be of those that stay gathered until a backward pass
+        inner.reshard()
+    return result
 
 
 def autocast_without_cache(device: str) -> torch.autocast:
@@ -245,6 +280,19 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
     return model
 
 
+def free_gathered(model: nn.Module) -> None:
+    """Free weights that a forward pass without a backward pass has left gathered.
+
+    They would hide the shards from `parameters`, and outlive the loading of others.
+
+    Args:
+        model: The model; one that is not sharded is left as it is.
+    """
+    for member in members(model):
+        for module in fsdp_modules(unwrapped(member)):
+            module.reshard()
+
+
 @torch.no_grad()
 def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
     """Gather the weights of a sharded model into a copy without weights.
@@ -254,6 +302,7 @@ def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
         model: The sharded model.
         keep: Whether this process keeps them; all take part.
     """
+    free_gathered(model)
     device = next(inside.parameters()).device
     # What autocast would cast at every pass is kept in its dtype, at half the memory.
     casts = torch.is_autocast_enabled(device.type)
@@ -287,7 +336,8 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
         return x.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
     # No source rank: each cuts its shard from its own copy, and nothing is sent.
-    return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
+    sharded = distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
+    return sharded.to(parameter.device)  # an offloaded one lies elsewhere than its mesh
 
 
 def replicate_beside(x: Tensor, model: nn.Module) -> Tensor:

@@ -249,6 +249,7 @@ def load_models(
         max_length=max_length,
         gradient_checkpointing=runtime.gradient_checkpointing,
         sharded=runtime.sharded,
+        layout=runtime.layout,
         policy_seed=derive_seed(session.seed, "policy"),
         value_seed=derive_seed(session.seed, "value"),
     )

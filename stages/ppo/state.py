@@ -197,7 +197,7 @@ def new_run(session: Session, c: PPOSettings, roles: Roles, updates: int, drawn:
     checkpoint = session.checkpoints.newest()
     updates_left = updates - (checkpoint.step if checkpoint else 0)
     optimizer_steps = drawn.optimizer_steps + updates_left * steps_per_update(c)
-    trainee = partial(make_trainee, steps=optimizer_steps, max_grad_norm=c.max_grad_norm)
+    trainee = partial(make_trainee, steps=optimizer_steps, max_grad_norm=c.max_grad_norm, layout=roles.layout)
     learners = Learners(
         policy=trainee("policy", roles.policy, learning_rate=c.learning_rate),
         value=None

@@ -124,7 +124,7 @@ def update(
                     say(learners.skips.skip(problem))
             elif problems := [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]:
                 for trainee in trainees:
-                    trainee.optimizer.zero_grad(set_to_none=True)
+                    trainee.zero_grad()
                 say(learners.skips.skip(problems[0]))
             else:
                 for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):

@@ -247,8 +247,10 @@ def sample_problems(experiment: "Experiment", settings: ConditionalSettings) -> 
             f"{key}.response_length: {settings.longest_sample} leaves no room for a prompt within sft.max_length "
             f"{experiment.sft.max_length}; lower it, or raise max_length"
         )
-    if experiment.launch.strategy == "fsdp2":
-        lines.append(f"{key}.samples_per_prompt: the policy does not sample under launch.strategy fsdp2; use ddp")
+    if experiment.launch.shards_weights:
+        setting, otherwise = experiment.launch.sharding.split(": ")
+        remedy = "use optimizer" if otherwise == "all" else "use ddp"
+        lines.append(f"{key}.samples_per_prompt: the policy does not sample under {setting} {otherwise}; {remedy}")
     peft = peft_of(experiment, "sft")
     if peft is not None and peft.method == "adalora" and (settings.rounds or 1) > 1:
         lines.append(f"{key}.rounds: adalora prunes to its rank in one training; set 1 round, or use lora")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from pipeline.config.checks import PREFIX_TOKENS
+from pipeline.config.checks import PREFIX_TOKENS, layout_problems
 from pipeline.errors import UserError
 from pipeline.launch import devices, parallel
 from pipeline.stage import StageRun
+from stages.models.layout import Layout, layout_of
 from stages.settings.checks import context_of, too_long_for
 from stages.settings.reward_base import own_names
 
@@ -35,7 +36,7 @@ class Runtime:
     attention: str
     """Attention kernel, as model.attn_implementation."""
     sharded: bool
-    """Whether each of several processes holds a shard of the weights (fsdp2)."""
+    """Whether torch's fully_shard holds the weights: for several processes, or for the CPU."""
     gradient_checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
     trust_remote_code: bool
@@ -44,6 +45,8 @@ class Runtime:
     """accelerate's Accelerator (autocast, backward, device); None where trl makes its own."""
     packed: bool = False
     """Whether the responses of a prompt share one row, in which the prompt is computed once."""
+    layout: Layout = field(default_factory=Layout)
+    """What else is sharded or offloaded while a model trains."""
 
     def load_options(self) -> dict[str, Any]:
         """Return the keyword arguments that `load_policy` and `new_reward_model` take from here."""
@@ -52,14 +55,17 @@ class Runtime:
 
 def runtime_of(ctx: StageRun) -> Runtime:
     """Return how this run computes; accelerator and packing are known later."""
-    model = ctx.experiment.model
+    model, dtype = ctx.experiment.model, dtype_of(ctx.experiment)
+    if lines := layout_problems(ctx.experiment.launch, dtype):
+        raise UserError(lines)
     return Runtime(
         device=device_of(ctx.experiment),
-        dtype=dtype_of(ctx.experiment),
+        dtype=dtype,
         attention=model.attn_implementation,
         sharded=is_sharding(ctx.experiment),
         gradient_checkpointing=model.gradient_checkpointing,
         trust_remote_code=ctx.trust_remote_code,
+        layout=layout_of(ctx.experiment.launch, parallel.rank_and_world_size()[1]),
     )
 
 
@@ -114,7 +120,13 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether each of several processes holds a shard of each weight (fsdp2)."""
+    """Return whether fully_shard holds the weights, of several processes or for the CPU."""
+    launch = experiment.launch
+    return launch.shards_weights and (parallel.rank_and_world_size()[1] > 1 or launch.offload == "all")
+
+
+def saves_together(experiment: Any) -> bool:
+    """Return whether several processes save together, as each has a shard of something."""
     return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
 
 
@@ -181,11 +193,14 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
         runtime: How the stage computes, with its accelerator.
         max_length: The longest row, in tokens.
     """
+    from stages.models.activations import offload_activations
     from stages.models.roles import make_on_device
 
-    model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded)
+    model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded, runtime.layout)
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if runtime.layout.offload_activations:
+        offload_activations(model)
     return model
 
 
@@ -199,7 +214,9 @@ def place_frozen(load: Callable[[], Any], runtime: Runtime, max_length: int) -> 
     """
     from stages.models.roles import make_on_device
 
-    return make_on_device(lambda: load().requires_grad_(False), runtime.accelerator, max_length, runtime.sharded)
+    return make_on_device(
+        lambda: load().requires_grad_(False), runtime.accelerator, max_length, runtime.sharded, runtime.layout
+    )
 
 
 def note_default_rate(session: Session, section: BaseModel, *keys: str) -> None:

@@ -15,7 +15,9 @@ from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
 from pipeline.launch import devices
+from pipeline.launch.parallel import BUCKET
 from stages.models.adapters import AdapterSettings
+from stages.models.layout import layout_of
 from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
@@ -48,6 +50,8 @@ class Need:
     """The most that a step holds in addition: activations and gradients."""
     sampling: int = 0
     """The most that sampling holds in addition: the cache, and weights cast for it."""
+    host: int = 0
+    """What a process with a GPU offloads to the CPU's memory; not in the others."""
 
     @property
     def most(self) -> int:
@@ -63,13 +67,36 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         device: "cpu", "cuda" or "mps".
         trust_remote_code: Whether code that the model brings may run.
     """
+    for need in needs_of(experiment, device, trust_remote_code):
+        yield offloaded(need, experiment, device)
+
+
+def offloaded(need: Need, experiment: Any, device: str) -> Need:
+    """Return what a stage needs if `launch.offload: all` moves what a GPU holds between passes.
+
+    Args:
+        need: What the stage needs, without that.
+        experiment: The validated experiment.
+        device: "cpu" or "cuda"; the CPU offloads to itself.
+    """
+    if experiment.launch.offload != "all" or device == "cpu":
+        return need
+    moved = need.weights + need.moments + need.kept
+    return replace(need, weights=0, moments=0, kept=0, host=need.host + moved)
+
+
+def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[Need]:
+    """Yield what each stage needs before `offloaded`; arguments as of `of_experiment`."""
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
-    parts = sharers(experiment)
+    parts, sharded, layout = sharers(experiment), is_sharded(experiment), layout_of(experiment.launch, ranks)
     config = model_config(m, trust_remote_code)
 
     def take(steps: list[Step], stage: str, config: Any = config) -> Sizes:
         adapter = AdapterSettings() if stage.endswith("base") else adapter_settings(model_of(experiment, stage))
-        return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
+        how = {"checkpointing": m.gradient_checkpointing, "attention": m.attn_implementation, "layout": layout}
+        shares = ranks if layout.splits_step else parts
+        sizes = take_step(config, steps, adapter, dtype, device, parts=shares, **how)
+        return sizes if sharded or ranks == 1 else replace(sizes, step=max(sizes.step, summed(sizes.trains)))
 
     seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
     second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
@@ -85,11 +112,11 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
             kept += sizes.models["policy"]  # the finished policy, while the one for PPO trains
-        buckets = trains * (ranks > 1 and parts == 1)  # DDP's buckets of gradients
+        buckets = trains * (ranks > 1 and not sharded)  # DDP's buckets of gradients
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
 
     def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
-        return take_passes(config, steps, dtype, device, m.attn_implementation, parts)
+        return take_passes(config, steps, dtype, device, m.attn_implementation, sharded)
 
     if experiment.data.rankings is None:
         yield of_rankings(experiment, config, passes, dtype)
@@ -104,6 +131,15 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
     yield of_evaluate(experiment, config, passes, dtype, second)
+
+
+def summed(trains: dict[str, int]) -> int:
+    """Return the bytes of gradients while processes sum them, with a flat copy of some of them.
+
+    Args:
+        trains: The bytes of each model's weights that train.
+    """
+    return sum(trains.values()) + min(max(trains.values()), 4 * BUCKET)
 
 
 def text_stages(experiment: Any, config: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -173,12 +209,12 @@ def of_ppo(
     # without a value model, a reward model is taken to be as large as the policy
     like = "value_model" if has_value_model(c) else "policy"
     value, scalar, whole = sizes.trains[like], sizes.frozen[like], sizes.models[like]
-    shares = sharers(experiment)
-    weights = sum(sizes.models.values()) if shares > 1 else sizes.weights
+    shares, sharded = sharers(experiment), is_sharded(experiment)
+    weights = sum(sizes.models.values()) if sharded else sizes.weights
     weights += scalar * (c.held_out_reward_model is not None)
     if not sizes.adapted:  # the reference is a model of its own, which shares what does not train
         own = sizes.frozen["policy"]
-        weights += own if shares > 1 else min(own, policy)
+        weights += own if sharded else min(own, policy)
     for _, _, settings in named_rewards(c):
         if not isinstance(settings, ModelScorer):
             continue
@@ -197,7 +233,7 @@ def of_ppo(
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
     cache = cache_of(config, sampled, sum(width), dtype)
     cast = policy // 2 if dtype != "float32" else 0
-    if shares > 1:  # a whole copy, with its linear layers cast
+    if sharded:  # a whole copy, with its linear layers cast
         cast = sizes.frozen["policy"]
     sizes = replace(sizes, weights=weights // shares)
     own = "transformers" in (c.rollout.engine, c.rollout.on_failure)  # vLLM has memory of its own
@@ -218,7 +254,8 @@ def of_rankings(experiment: Any, config: Any, passes: Callable, dtype: str) -> N
     few = Step("policy", "logprobs", [(c.max_length - c.response_length, [c.response_length])] * CHECKED_AT_A_TIME)
     models, activations = passes([few])
     rows = -(-c.batch_size // processes(experiment)) * c.samples_per_prompt
-    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + (shares > 1) * models["policy"])
+    copy = is_sharded(experiment) * models["policy"]  # gathered whole
+    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + copy)
     checks = activations * (not samples_itself(c))
     return Need("rankings", models["policy"] // shares, moments=0, kept=0, step=checks, sampling=sampling)
 
@@ -232,6 +269,7 @@ def side_by_side(one: Sizes, other: Sizes) -> Sizes:
         trains=one.trains | other.trains,
         moments=one.moments + other.moments,
         step=max(one.step, other.step),
+        host=one.host + other.host,
         shared=False,
         adapted=one.adapted,
     )
@@ -267,7 +305,8 @@ def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str, seco
     if judged:
         weights += models["reward_model"] * len(reward_models(experiment, has_judge=judge_share(experiment) > 0))
     rows = max(1, c.batch_size // min(samples, 4)) * samples
-    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + (shares > 1) * models["policy"])
+    copy = is_sharded(experiment) * models["policy"]  # gathered whole
+    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + copy)
     return Need("evaluate", weights // shares, moments=0, kept=0, step=activations, sampling=sampling)
 
 
@@ -288,7 +327,7 @@ def cache_of(config: Any, rows: int, length: int, dtype: str) -> int:
 
 def need(stage: str, sizes: Sizes, kept: int) -> Need:
     """Return what a stage needs, given the bytes of a step and of copies that are kept."""
-    return Need(stage, sizes.weights, sizes.moments, kept, sizes.step)
+    return Need(stage, sizes.weights, sizes.moments, kept, sizes.step, host=sizes.host)
 
 
 def ranked(c: Section, experiment: Any) -> Lengths:
@@ -317,7 +356,12 @@ def processes(experiment: Any) -> int:
 
 def sharers(experiment: Any) -> int:
     """Return how many processes hold a shard of each weight."""
-    return processes(experiment) if experiment.launch.strategy == "fsdp2" else 1
+    return processes(experiment) if experiment.launch.shards_weights else 1
+
+
+def is_sharded(experiment: Any) -> bool:
+    """Return whether models are held in shards: of several processes, or in the CPU's memory."""
+    return sharers(experiment) > 1 or experiment.launch.offload == "all"
 
 
 def dtype_for(experiment: Any, device: str) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.groups import Rows, make_rows
+from stages.models.activations import ActivationOffload, Waiting, offload_activations
 from stages.models.adapters import (
     AdapterSettings,
     is_adapted,
@@ -28,6 +29,7 @@ from stages.models.adapters import (
 )
 from stages.models.families import has_family_class, name_trunk, scalar_class, weightless_causal
 from stages.models.head import CHUNK, head_logprobs
+from stages.models.layout import Layout
 from stages.models.loading import score_head, without_dropout
 from stages.models.packing import has_short_window, register, trunk_options
 from stages.models.precision import cast_frozen, castable
@@ -50,7 +52,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         """Start from nothing."""
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self.host = self.host_most = 0
+        self.on_host = False
         self.known: weakref.WeakSet = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -67,13 +70,35 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor until it is freed; tensors that share storage count once."""
         if (storage := tensor.untyped_storage()) not in self.known:
             self.known.add(storage)
-            self.grow(storage.nbytes())
-            weakref.finalize(storage, self.grow, -storage.nbytes())
+            grow = self.grow_host if self.on_host else self.grow
+            grow(storage.nbytes())
+            weakref.finalize(storage, grow, -storage.nbytes())
 
     def grow(self, size: int) -> None:
         """Add a number of bytes, negative when a tensor is freed."""
         self.now += size
         self.most = max(self.most, self.now)
+
+    def grow_host(self, size: int) -> None:
+        """Add a number of bytes to what the CPU's memory holds for a GPU."""
+        self.host += size
+        self.host_most = max(self.host_most, self.host)
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """Return a copy of a tensor that counts as the CPU's memory."""
+        self.on_host = True
+        try:
+            return x.clone()
+        finally:
+            self.on_host = False
+
+
+class CountedOffload(ActivationOffload):
+    """Offload activations where fake tensors of both memories claim to be on a CPU."""
+
+    def unpack(self, kept: Tensor | Waiting) -> Tensor:
+        """Return a copy, as one comes back to the GPU."""
+        return kept if isinstance(kept, Tensor) else kept.copy.clone()
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,8 @@ class Sizes:
     """Whether models share frozen weights."""
     adapted: bool
     """Whether a model has an adapter, which can be turned off, or only a soft prompt of its own."""
+    host: int = 0
+    """What one process of a GPU holds in the CPU's memory, besides offloaded weights."""
 
 
 def take_step(
@@ -126,6 +153,7 @@ def take_step(
     checkpointing: bool = False,
     attention: str = "sdpa",
     parts: int = 1,
+    layout: Layout | None = None,
 ) -> Sizes:
     """Take one optimizer step on fake tensors, and return the bytes that it needs.
 
@@ -137,11 +165,14 @@ def take_step(
         device: "cpu", "cuda" or "mps", which decides how rows are packed.
         checkpointing: Whether activations are recomputed in the backward pass.
         attention: `model.attn_implementation`.
-        parts: How many processes hold a shard of each weight (fsdp2). A layer's gradients are then
-            freed as soon as they are computed, and those outside the layers after the pass; the
-            shards of the gradients, and the weights that are gathered for a pass, are added at the
-            end.
+        parts: How many processes hold a shard of each weight (fsdp2), or of the moments (ZeRO-1).
+            If weights are sharded, a layer's gradients are freed as soon as they are computed, and
+            those outside the layers after the pass; the shards of the gradients, and the weights
+            that are gathered for a pass, are added at the end.
+        layout: What else is sharded or offloaded; None: as `Layout()`.
     """
+    layout = layout or Layout()
+    sharded = layout.offload == "all" or (parts > 1 and not layout.splits_step)
     longest = max([step.width for step in steps] + [p + max(rs) for step in steps for p, rs in step.lengths])
     packed = attention == "sdpa" and not has_short_window(config, longest)
     real = [laid_out(step, packed) for step in steps]  # how rows are packed depends on their contents
@@ -155,11 +186,15 @@ def take_step(
             unwrapped(model).tie_weights()
             if dtype != "float32":
                 cast_frozen(model, torch.bfloat16)
-            if parts == 1:
+            if not sharded:
                 share_frozen(model, list(models.values()), same=lambda *_: True)
-            for p in (p for layer in decoder_layers(unwrapped(model)) for p in layer.parameters() if parts > 1):
+            for p in (p for layer in decoder_layers(unwrapped(model)) for p in layer.parameters() if sharded):
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            if layout.offload_activations and device == "cpu":  # both memories are one
+                offload_activations(model)
+            elif layout.offload_activations:
+                CountedOffload(unwrapped(model).base_model, live.to_host).attach()
             models[name] = model
         weights, separate = live.now, sum(map(size_of, models.values()))
         options = {"steps": 100, "learning_rate": 1.0, "max_grad_norm": 1.0}
@@ -174,12 +209,12 @@ def take_step(
                     if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
                         apart += [p.grad for p in trainable_parameters(model).values()]
                         model.zero_grad(set_to_none=True)
-                    casts = {"enabled": dtype != "float32", "cache_enabled": parts == 1}
+                    casts = {"enabled": dtype != "float32", "cache_enabled": not sharded}
                     with torch.autocast("cpu", torch.bfloat16, **casts):
                         loss = forward(model, step, faked(batch, tokens), device)
                     loss.sum().backward()
                     del loss
-                    if parts > 1:  # the gradients outside the layers
+                    if sharded:  # the gradients outside the layers
                         model.zero_grad(set_to_none=True)
             apart.clear()
             for trainee in trainees:
@@ -188,23 +223,38 @@ def take_step(
         trains = {name: sum(p.nbytes for p in trainable_parameters(model).values()) for name, model in models.items()}
         aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
         step, moments = live.most - before, before - weights
-        if parts > 1:  # shards of gradients, of PPO and of the text; Adam has no moments yet
+        host = live.host_most
+        if sharded:  # Adam has no moments yet
             moments = 2 * sum(trains.values())
-            step += (sum(trains.values()) + aside) // parts + max(map(gathered_at_once, models.values()))
+            # Shards of gradients, of PPO and the text: before the last backward pass, and after.
+            again = max(one.times for one in steps) > 1
+            early, late = ((sum(trains.values()) * some + aside) // parts for some in (again, True))
+            if layout.offload == "all" and device != "cpu":
+                host, early, late = host + late, 0, 0
+            at_once = max(map(gathered_at_once, models.values()))
+            whole = max(map(size_of, models.values())) if layout.shard == "gradients" else at_once
+            step = max(step + whole + early, late + at_once)
+        moments //= parts
+        if layout.splits_step:  # after the step, one whole weight is gathered at a time
+            step = max(step, sum(trains.values()) + max(p.nbytes for m in models.values() for p in m.parameters()))
+        if layout.offload == "optimizer":
+            copies = 2 * sum(trains.values()) // parts  # of the weights that it steps, and of their gradients
+            moments, host = (moments + copies, host) if device == "cpu" else (0, host + moments + copies)
         return Sizes(
-            weights=weights // parts,
+            weights=weights // (parts if sharded else 1),
             models={name: size_of(model) for name, model in models.items()},
             frozen={name: frozen_size(model, dtype) for name, model in models.items()},
             trains=trains,
-            moments=moments // parts,
+            moments=moments,
             step=step,
             shared=weights < separate,
             adapted=adapter.soft_prompt is not None or any(map(is_adapted, models.values())),
+            host=host,
         )
 
 
 def take_passes(
-    config: Any, steps: list[Step], dtype: str, device: str, attention: str = "sdpa", parts: int = 1
+    config: Any, steps: list[Step], dtype: str, device: str, attention: str = "sdpa", sharded: bool = False
 ) -> tuple[dict[str, int], int]:
     """Pass micro-batches through frozen models, on fake tensors, one pass at a time.
 
@@ -214,7 +264,7 @@ def take_passes(
         dtype: "float32", "bfloat16" or "float16", which products are computed in.
         device: "cpu", "cuda" or "mps", which decides how rows are packed.
         attention: `model.attn_implementation`.
-        parts: How many processes hold a shard of each weight (fsdp2).
+        sharded: Whether weights are gathered for a pass (fsdp2, or offloaded to the CPU).
 
     Returns:
         The bytes of each model's whole weights, and the most that a pass holds in addition: its
@@ -234,12 +284,12 @@ def take_passes(
             if dtype != "float32":
                 cast_frozen(model, torch.bfloat16)
         weights = live.most = live.now
-        casts = {"enabled": dtype != "float32", "cache_enabled": parts == 1}
+        casts = {"enabled": dtype != "float32", "cache_enabled": not sharded}
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, **casts):
             for step, batch, tokens in zip(steps, real, read, strict=True):
                 forward(made[step.model].eval(), step, faked(batch, tokens), device)
         most = live.most - weights
-        if parts > 1:
+        if sharded:
             most += max(map(gathered_at_once, made.values()))
         return {name: size_of(model) for name, model in made.items()}, most
 

@@ -26,21 +26,25 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     from stages.tools.memory import of_experiment
 
     console, device = console or Console(), device_of(experiment)
-    table = Table("", *COLUMNS, "in all", box=None, padding=(0, 2, 0, 0))
+    most = host = 0
+    with console.status("taking a step of each stage without data"):
+        needs = list(of_experiment(experiment, device, trust_remote_code))
+    offloads = any(need.host for need in needs)
+    table = Table("", *COLUMNS, "in all", *["offloaded"] * offloads, box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
-    most = 0
-    with console.status("taking a step of each stage without data"):
-        for need in of_experiment(experiment, device, trust_remote_code):
-            sizes = [getattr(need, name) for name in COLUMNS]
-            table.add_row(need.stage, *[readable(size) for size in sizes], readable(need.most))
-            most = max(most, need.most)
+    for need in needs:
+        sizes = [*(getattr(need, name) for name in COLUMNS), need.most, *[need.host] * offloads]
+        table.add_row(need.stage, *map(readable, sizes))
+        most, host = max(most, need.most), max(host, need.host)
     console.print(table)
     holder = "each process on the CPU" if device == "cpu" else "each GPU"
     console.print(
         f"\nThe most that {holder} will hold, with the longest rows that the settings allow. moments: of Adam; kept: "
         f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
         f"Of step and sampling only the larger counts. Rankings from a file are taken to be pairs."
+        + " offloaded: what lies in the CPU's memory instead, for each GPU."
+        * offloads
     )
     if stages := sampling_with_vllm(experiment):
         settings = experiment.launch.vllm
@@ -50,7 +54,26 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
             f"vLLM takes {share} in addition, throughout {' and '.join(stages)} (launch.vllm.gpu_memory_utilization)."
         )
     warn_if_too_much(experiment, device, most, console)
+    warn_of_host(experiment, host, console)
     return 0
+
+
+def warn_of_host(experiment: Any, host: int, console: Any) -> None:
+    """Print a line if this machine's CPUs have less memory than is offloaded to them.
+
+    Args:
+        experiment: The validated experiment.
+        host: The most bytes that a process offloads.
+        console: A rich Console.
+    """
+    from stages.tools.doctor_machine import memory_gb
+
+    room, needed = memory_gb()[0], host * experiment.launch.processes / 1e9
+    if needed > room:
+        console.print(
+            f"{needed:.1f} GB are offloaded by {experiment.launch.processes} processes, and this machine's CPUs have "
+            f"{room:.1f}: take more machines (launch.nodes), or offload less (launch.offload)"
+        )
 
 
 def warn_if_too_much(experiment: Any, device: str, most: int, console: Any) -> None:
@@ -74,7 +97,7 @@ def warn_if_too_much(experiment: Any, device: str, most: int, console: Any) -> N
     if most > room * 1e9:
         console.print(
             f"{most / 1e9:.1f} GB are needed, and this machine has {room:.1f}: lower per_device_train_batch_size, or "
-            f"set model.gradient_checkpointing: true or model.peft: {{method: lora}}"
+            f"set model.gradient_checkpointing: true, model.peft: {{method: lora}} or, for a GPU, launch.offload"
         )
 
 

@@ -16,7 +16,7 @@ from data.streams import ORDER_VERSION
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.sharding import gather_tensors, is_sharded, shard_like
+from stages.models.sharding import gather_tensors, shard_like
 from stages.training.scaling import Scaling
 from stages.training.selection import Best
 from stages.training.session import Session
@@ -63,7 +63,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
     if training.best.tensors:
         tensors["best"] = training.best.tensors
     # check the disk before all-gathering shards, which takes a while
-    if any(is_sharded(trainee.model) for trainee in training.trainees) and parallel.is_rank_zero():
+    if session.collective and parallel.is_rank_zero():
         session.checkpoints.require_space(sum(x.nbytes for group in tensors.values() for x in group.values()))
     session.checkpoints.save(step, {name: gather_tensors(group) for name, group in tensors.items()}, state, total)
 

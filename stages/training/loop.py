@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
+from stages.models.sharding import is_sharded
 from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
 from stages.training.scaling import Scaling, new_scaling
 from stages.training.schedule import Schedule
@@ -122,7 +123,7 @@ def fit(
             step, began = step + 1, time.perf_counter()
             batch = task.order[(step - 1) * task.batch_size : step * task.batch_size]
             rate = schedule.rate_at(step)
-            logged = accumulate_gradients(accelerator, trainee, task, batch, session.collective)
+            logged = accumulate_gradients(accelerator, trainee, task, batch, is_sharded(trainee.model))
             logged["grad_norm"] = scaled_step(trainee, scaling, rate, step)
             logged |= scaling.figures()
             tokens = sum(task.costs[i] for i in batch)

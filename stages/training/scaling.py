@@ -47,7 +47,7 @@ class Scaling:
         if not self.lost(before):
             return False
         for trainee in trainees:
-            trainee.optimizer.zero_grad(set_to_none=True)
+            trainee.zero_grad()
         return True
 
     def lost(self, before: float) -> bool:

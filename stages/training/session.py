@@ -10,7 +10,7 @@ from pipeline.stage import StageRun, StopFlag
 from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import Tracker
 from stages.shared.data_notes import DataNotes
-from stages.shared.runtime import is_sharding
+from stages.shared.runtime import saves_together
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Session:
     stop: StopFlag
     """Whether a signal has asked the run to stop. Only rank 0 hears signals."""
     collective: bool
-    """Whether every rank takes part in a save because each holds a shard of the weights (fsdp2).
+    """Whether every rank takes part in a save because each holds a shard of something (fsdp2).
 
     All ranks then save, and stop, between the same two steps; no forward pass can be cut short."""
     notes: DataNotes = field(default_factory=DataNotes)
@@ -128,6 +128,6 @@ def session_of(ctx: StageRun, trains: bool = True) -> Session:
         checkpoints=ctx.checkpoints,
         tracker=ctx.tracker,
         stop=ctx.stop,
-        collective=trains and is_sharding(ctx.experiment),
+        collective=trains and saves_together(ctx.experiment),
         notes=DataNotes(lambda line: ctx.tracker.say(f"{ctx.stage}: {line}"), ctx.publish),
     )

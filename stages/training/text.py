@@ -19,6 +19,7 @@ from data.text_rows import dataset_of, lengths_of
 from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
+from stages.models.activations import offloading
 from stages.models.adalora import adamw_for
 from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
@@ -45,6 +46,7 @@ from stages.training.text_trainers import (
     with_current_settings,
     with_plain_loss,
     with_sharding,
+    with_stand_ins,
     with_trained_weights,
 )
 
@@ -158,7 +160,7 @@ def train_language_model(
     arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
     model = make_on_rank_zero(make) if runtime.sharded else make()
     rows = dataset_of(task.train_rows, order)
-    trainer = make_trainer(model, arguments, tokenizer, rows, runtime.sharded, optimization)
+    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization)
     scaling = new_scaling(trainer.accelerator)
     with trainer.accelerator.autocast():
         check_model(trainer.model, optimization)
@@ -187,7 +189,9 @@ def train_language_model(
     ) as progress:
         hooks.progress = progress
         # An exception is the only way out of trainer.train before its first step.
-        with contextlib.suppress(NoStepLeft), residual_dropout(trainer.model, optimization.dropout):
+        dropout = residual_dropout(trainer.model, optimization.dropout)
+        offload = offloading(trainer.model, runtime.layout.offload_activations)
+        with contextlib.suppress(NoStepLeft), dropout, offload:
             trainer.train(resume_from_checkpoint=None if written is None else str(written))
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
@@ -286,7 +290,7 @@ def trainer_arguments(
 
 
 def make_trainer(
-    model: nn.Module, arguments: Any, tokenizer: Any, rows: Any, sharded: bool, optimization: Optimization
+    model: nn.Module, arguments: Any, tokenizer: Any, rows: Any, runtime: Runtime, optimization: Optimization
 ) -> Any:
     """Return a trl SFTTrainer with our changes.
 
@@ -295,7 +299,7 @@ def make_trainer(
         arguments: As `trainer_arguments` gives them.
         tokenizer: The tokenizer.
         rows: The data set of the rows of all batches, in order.
-        sharded: Whether each rank will hold a shard of the weights.
+        runtime: How the stage computes: what is sharded, and what is offloaded.
         optimization: Settings of the optimizer.
     """
     from transformers import PrinterCallback, ProgressCallback
@@ -304,10 +308,12 @@ def make_trainer(
     if optimization.router_aux_loss_coef and not has_routers(model.config):
         raise UserError(no_routers(type(unwrapped(model)).__name__))
     trainer_class = with_trained_weights(SFTTrainer) if stays_in_model(model) else SFTTrainer
-    if sharded:
-        trainer_class = with_sharding(trainer_class)
+    if runtime.sharded:
+        trainer_class = with_sharding(trainer_class, runtime.layout)
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
+    if runtime.layout.has_stand_ins:
+        trainer_class = with_stand_ins(trainer_class, runtime.layout)
     trainer_class = with_current_settings(trainer_class)
     smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))
     if smoothing and are_left_out:  # smoothing gives each token of the vocabulary a share; these have none to get

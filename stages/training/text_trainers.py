@@ -4,6 +4,7 @@ Each function takes a trainer class and returns a subclass with one change; `mak
 text.py combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.launch import devices, parallel
 from stages.models.adapters import unwrapped
+from stages.models.layout import Layout
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
+from stages.training.stand_ins import StandIns, stand_in
 from stages.training.text_hooks import weights_of
 
 TRAINED = "trained.safetensors"
@@ -137,42 +140,14 @@ def saving_on_rank_zero(trainer_class: type) -> type:
     return RankZeroSavingTrainer
 
 
-def with_sharding(trainer_class: type) -> type:
-    """Train a sharded model, with the checkpoints of a whole one.
+def with_whole_states(trainer_class: type) -> type:
+    """Save the optimizer's state whole, and load this process's share of it.
 
-    transformers trains a model that we have sharded, but cannot save or resume it. Here, the ranks
-    all-gather what rank 0 writes, so a checkpoint does not depend on the number of processes.
+    All processes take part in a save; what is written does not depend on how many there are.
     """
-
-    from accelerate.utils import AutocastKwargs
     from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-    class ShardedTrainer(saving_on_rank_zero(trainer_class)):
-        def shard_model(self, checkpoint: Path | None) -> None:
-            """Keep this rank's shard of the weights.
-
-            Args:
-                checkpoint: The folder that transformers wrote, whose weights are taken; None: they
-                    stay as they are.
-            """
-            if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
-                self._load_from_checkpoint(str(checkpoint))
-            shard(self.model, self.args.device, mean=True)
-            # autocast would cache a cast of each layer that is all-gathered: the whole model
-            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-            self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-            if not is_sharded(self.model):  # `shard_model` has loaded it before
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            # transformers writes `self.model`: a whole copy takes its place meanwhile
-            sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
-            if parallel.is_rank_zero():
-                super()._save(output_dir)
-            self.model = sharded
-
+    class WholeStateTrainer(saving_on_rank_zero(trainer_class)):
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             # transformers writes `self.optimizer.state_dict()`: here that of whole tensors
             state = self.optimizer.state_dict()
@@ -189,6 +164,84 @@ def with_sharding(trainer_class: type) -> type:
             optimizer = self.optimizer.optimizer  # inside accelerate's
             optimizer.load_state_dict(_sharded_state(optimizer, load(Path(checkpoint) / OPTIMIZER_NAME)))
             self.lr_scheduler.load_state_dict(load(Path(checkpoint) / SCHEDULER_NAME))
+
+    return WholeStateTrainer
+
+
+def with_stand_ins(trainer_class: type, layout: Layout) -> type:
+    """Let the optimizer step stand-ins of the weights, as the layout asks.
+
+    Args:
+        trainer_class: The class.
+        layout: What is sharded, and what lies in the CPU's memory.
+    """
+    from transformers import TrainerCallback
+
+    class StepCallback(TrainerCallback):
+        def __init__(self, stand_ins: StandIns) -> None:
+            self.stand_ins = stand_ins
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stand_ins.before_step()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.stand_ins.after_step()
+
+    class StandInTrainer(with_whole_states(trainer_class)):
+        def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+            optimizer = super().create_optimizer(model)
+            self.add_callback(StepCallback(stand_in(optimizer, layout)))
+            return optimizer
+
+    return StandInTrainer
+
+
+def with_sharding(trainer_class: type, layout: Layout) -> type:
+    """Train a sharded model, with the checkpoints of a whole one.
+
+    transformers trains a model that we have sharded, but cannot save or resume it. Here, the ranks
+    all-gather what rank 0 writes, so a checkpoint does not depend on the number of processes.
+
+    Args:
+        trainer_class: The class.
+        layout: When weights are freed, and where they lie.
+    """
+
+    from accelerate.utils import AutocastKwargs
+
+    class ShardedTrainer(with_whole_states(trainer_class)):
+        def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+            pass  # `shard_model` moves a layer at a time: the device may have no room for the whole
+
+        def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+            # transformers would keep whole gradients until the last micro-batch of a step, by a
+            # setting that a model has which transformers itself has sharded
+            return nullcontext()
+
+        def shard_model(self, checkpoint: Path | None) -> None:
+            """Keep this rank's shard of the weights.
+
+            Args:
+                checkpoint: The folder that transformers wrote, whose weights are taken; None: they
+                    stay as they are.
+            """
+            if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
+                self._load_from_checkpoint(str(checkpoint))
+            shard(self.model, self.args.device, mean=True, layout=layout)
+            # autocast would cache a cast of each layer that is all-gathered: the whole model
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+            self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+            if not is_sharded(self.model):  # `shard_model` has loaded it before
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            # transformers writes `self.model`: a whole copy takes its place meanwhile
+            sharded, self.model = self.model, publishable(self.model)  # all ranks: it all-gathers
+            if parallel.is_rank_zero():
+                super()._save(output_dir)
+            self.model = sharded
 
         def _save_rng_state(self, output_dir: str) -> None:
             if parallel.is_rank_zero():  # every step seeds dropout (TextHooks.seed_dropout)

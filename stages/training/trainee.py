@@ -13,9 +13,11 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
 from stages.models.adalora import adamw_for
 from stages.models.adapters import trainable_parameters, unwrapped
+from stages.models.layout import Layout
 from stages.models.loading import score_head
-from stages.models.sharding import local_shard, shard_like, to_float
+from stages.models.sharding import free_gathered, local_shard, shard_like, to_float
 from stages.objectives.control import update_average
+from stages.training.stand_ins import StandIns, stand_in
 
 
 @dataclass
@@ -34,6 +36,21 @@ class Trainee:
     """The gradient is clipped to this norm."""
     rate_factors: dict[str, float] = field(default_factory=dict)
     """Parameters whose learning rate is this many times that of the others."""
+    stand_ins: StandIns | None = None
+    """What the optimizer steps in place of the parameters; None: the parameters themselves."""
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    def take_step(self) -> None:
+        """Step the parameters down their gradients."""
+        if self.stand_ins is not None:
+            self.stand_ins.before_step()
+        self.optimizer.step()
+        if self.stand_ins is not None:
+            self.stand_ins.after_step()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights that train, by name; they share memory with the model."""
@@ -61,6 +78,7 @@ class Trainee:
                     f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
                     f"{tuple(p.shape)}; start again with --restart"
                 )
+        free_gathered(self.model)
         for name, p in self.parameters.items():
             p.copy_(shard_like(p, tensors[name]))
 
@@ -75,6 +93,7 @@ def make_trainee(
     weight_decay: float = 0.0,
     steps: int | None = None,
     further: dict[str, nn.Parameter] | None = None,
+    layout: Layout | None = None,
 ) -> Trainee:
     """Build AdamW, with β = (0.9, `adam_beta2`), over the parameters that require a gradient.
 
@@ -87,6 +106,7 @@ def make_trainee(
         weight_decay: Decoupled weight decay, of all parameters but norms and biases.
         steps: Optimizer steps of the training; only AdaLoRA needs it.
         further: Parameters of the loss, by name; they do not decay.
+        layout: What else the optimizer may step in place of the weights; None: nothing.
     """
     parameters = trainable_parameters(model) | (further or {})
     adamw, more = adamw_for(model, steps)
@@ -97,7 +117,8 @@ def make_trainee(
     for group in groups[1:]:
         group["weight_decay"] = 0.0
     optimizer = adamw(groups, **options, **more)
-    return Trainee(name, model, parameters, optimizer, max_grad_norm)
+    stand_ins = stand_in(optimizer, layout or Layout())
+    return Trainee(name, model, parameters, optimizer, max_grad_norm, stand_ins=stand_ins)
 
 
 def parameter_groups(model: nn.Module, names: Iterable[str], count: int) -> list[list[str]]:
@@ -168,7 +189,7 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
         TrainingStopped: The gradient is not finite; no step is taken.
     """
     if problem := gradient_problem(trainee, step):
-        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.zero_grad()
         stop_training(problem)
     # It returns the norm before clipping, over the shards of all ranks.
     norm = to_float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
@@ -176,13 +197,13 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
     before = {name: trainee.parameters[name].detach().clone() for name in trainee.rate_factors}
-    trainee.optimizer.step()
+    trainee.take_step()
     # AdamW's step is proportional to its rate. A group of its own would change saved states.
     with torch.no_grad():
         for name, old in before.items():
             new = trainee.parameters[name]
             new.copy_(old + trainee.rate_factors[name] * (new - old))
-    trainee.optimizer.zero_grad(set_to_none=True)
+    trainee.zero_grad()
     return norm
 
 
@@ -235,6 +256,7 @@ def trainee_of(
     head_rate: float | None = None,
     further: dict[str, nn.Parameter] | None = None,
     further_rate: float = 0.0,
+    layout: Layout | None = None,
 ) -> Trainee:
     """Return the trainee that the settings of rm or dpo ask for.
 
@@ -245,6 +267,7 @@ def trainee_of(
         head_rate: Peak learning rate of a reward model's head; None: that of all weights.
         further: Parameters of the loss, by name.
         further_rate: Their peak learning rate.
+        layout: What is sharded, and what lies in the CPU's memory.
     """
     trainee = make_trainee(
         "model",
@@ -255,6 +278,7 @@ def trainee_of(
         adam_beta2=section.adam_beta2,
         steps=steps,
         further=further,
+        layout=layout,
     )
     if head_rate is not None:
         head = {id(p) for p in score_head(unwrapped(model)).parameters()}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
@@ -54,6 +53,7 @@ from stages.models.soft_prompts import SoftPrompt
 from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
+from tests.counted import Held
 from tests.forked import process
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
@@ -363,26 +363,6 @@ def check_whole(method):
 @pytest.mark.parametrize("method", ["lora", *slow((None,))])
 def test_a_whole_copy_reads_as_the_model_does(method):
     together(check_whole, method)
-
-
-class Held(memory_step.LiveBytes):
-    """Count memory, including what FSDP allocates and frees outside torch's dispatcher."""
-
-    def add(self, tensor):
-        super().add(local_shard(tensor))
-
-    def __enter__(self):
-        for name in ("alloc_storage", "free_storage"):
-            for module in (_fsdp_param, _fsdp_param_group):
-                if hasattr(module, name):
-                    setattr(module, name, partial(self.resize, getattr(module, name)))
-        return super().__enter__()
-
-    def resize(self, change, tensor):
-        before = tensor.untyped_storage().nbytes()
-        change(tensor)
-        self.known.add(tensor.untyped_storage())
-        self.grow(tensor.untyped_storage().nbytes() - before)
 
 
 def check_memory(dtype, checkpointing, tied):

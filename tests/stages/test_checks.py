@@ -144,6 +144,13 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             ("model.peft.method=adalora", "model.peft.init_r=8"),
             "model.peft.init_r: 8 is lower than r 16, the rank that ",
         ),
+        (("launch.offload=optimizer", "model.dtype=float16"), "launch.offload: optimizer steps other tensors than tho"),
+        (("launch.shard=optimizer",), "launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsd"),
+        (("launch.offload=all", "launch.processes=2"), "launch.offload: all shards the weights, and launch.strategy d"),
+        (
+            ("launch.offload=all", "launch.shard=optimizer", "launch.strategy=fsdp2"),
+            "launch.offload: all shards the weights, and launch.shard optimizer keeps them whole",
+        ),
         (
             ("model.peft.bottleneck_size=8",),
             "model.peft.bottleneck_size: 8 has no effect with method lora; use houlsby or pfeiffer or parallel_ad",

@@ -42,7 +42,7 @@ def run(
     base = store.base
     policies = chosen_policies(settings.policies, store)
     if is_sharded(experiment) and settings.reward_model == "rm":
-        console.print("not scored: launch.strategy is fsdp2, so the reward model may not fit one process", style="dim")
+        console.print("not scored: each model is sharded, so the reward model may not fit one process", style="dim")
         settings = settings.model_copy(update={"reward_model": None})
         experiment = experiment.model_copy(update={"playground": settings})
     folder = people_folder(base)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipeline.config.help import describe
 from pipeline.config.section import Section
-from pipeline.config.sections import Common, is_hub_id, names_hub
+from pipeline.config.sections import Common, LaunchSettings, is_hub_id, names_hub
 from pipeline.config.validation import load_experiment
 from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import UserError
@@ -133,10 +133,36 @@ def test_renamed_keys(tmp_path, key, remedy):
     assert line.startswith(f"e.yaml:3: ppo.{key}: unknown key; ") and remedy in line
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "deepspeed"])
-def test_a_strategy_that_others_have_names_ours(tmp_path, strategy):
+@pytest.mark.parametrize(
+    "strategy, shard",
+    [("zero1", "optimizer "), ("zero2", "gradients "), ("zero3", "weights "), ("deepspeed", "optimizer, gradients or")],
+)
+def test_a_strategy_that_others_have_names_ours(tmp_path, strategy, shard):
     (line,) = errors(tmp_path, f"name: a\nlaunch: {{strategy: {strategy}}}\n")
-    assert line.startswith(f"e.yaml:2: launch.strategy: the string \"{strategy}\"; should be 'fsdp2', which shards")
+    start = f"e.yaml:2: launch.strategy: the string \"{strategy}\"; should be 'fsdp2', with launch.shard: {shard}"
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "key, remedy",
+    [
+        ("reshard", "use launch.shard: gradients (false)"), ("zero_stage", "launch.shard: optimizer (1)"),
+        ("cpu_offload", "use launch.offload: all"), ("activation_offloading", "use launch.offload_activations"),
+    ],
+)  # fmt: skip
+def test_words_for_shards_and_offloading_name_ours(tmp_path, key, remedy):
+    (line,) = errors(tmp_path, f"name: a\nlaunch: {{{key}: true}}\n")
+    assert line.startswith(f"e.yaml:2: launch.{key}: unknown key; ") and remedy in line
+
+
+def test_a_layout_in_words():
+    """As manifests and the line about a resume say it."""
+    alone, together = [
+        [LaunchSettings(**settings).layout(size) for size in (1, 2)]
+        for settings in ({}, {"strategy": "fsdp2", "shard": "gradients", "offload": "optimizer"})
+    ]
+    assert alone == [None, "ddp"] and together == ["offload optimizer", "fsdp2, shard gradients, offload optimizer"]
+    assert LaunchSettings(strategy="fsdp2", shard="weights", offload="none").layout(2) == "fsdp2"
 
 
 @pytest.mark.parametrize(

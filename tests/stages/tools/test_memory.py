@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from data.groups import make_rows
 from pipeline.api import load_experiment
+from pipeline.config.sections import LaunchSettings
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.forward import response_logprobs, response_scores
+from stages.models.layout import Layout
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.models.soft_prompts import SoftPrompt
@@ -100,7 +102,7 @@ class TestStagesThatSample:
         config = memory.model_config(experiment.model)
 
         def passes(steps):
-            return take_passes(config, steps, "float32", "cpu", parts=memory.sharers(experiment))
+            return take_passes(config, steps, "float32", "cpu", sharded=memory.is_sharded(experiment))
 
         given = (experiment, config, passes, "float32")
         return {"rankings": memory.of_rankings(*given), "evaluate": memory.of_evaluate(*given)}
@@ -124,6 +126,53 @@ class TestStagesThatSample:
             assert elsewhere[stage].sampling == 0 and elsewhere[stage].weights == shards[stage].weights
         back = self.needs(*vllm, "evaluate.rollout.on_failure=transformers")
         assert back["evaluate"].sampling > 0 == back["rankings"].sampling
+
+
+def test_what_is_offloaded_leaves_the_gpu():
+    """ZeRO's rows, of two processes: bytes of a GPU, and in the CPU's memory."""
+    given = (CONFIG, [Step("policy", "logprobs", LENGTHS)], WHOLE, "float32", "cuda")
+    plain = take_step(*given)
+    whole = plain.weights
+    zero1, zero2, zero3 = (
+        take_step(*given, parts=2, layout=layout)
+        for layout in (Layout(splits_step=True), Layout(shard="gradients"), Layout())
+    )
+    assert (zero1.weights, zero1.moments) == (whole, plain.moments // 2) and zero1.step >= plain.step
+    assert zero2.weights == zero3.weights == whole // 2
+    assert zero2.moments == zero3.moments == pytest.approx(whole, rel=0.01)
+    assert zero3.step < zero2.step
+    optimizer = take_step(*given, layout=Layout(offload="optimizer"))
+    assert optimizer.moments == 0 and optimizer.step <= plain.step
+    assert optimizer.host == pytest.approx(plain.moments + 2 * whole, rel=0.01)  # weights, gradients
+    shards = take_step(*given, parts=2, layout=Layout(offload="optimizer"))
+    assert shards.host == pytest.approx(2 * whole, rel=0.01)
+    everything = take_step(*given, layout=Layout(offload="all"))
+    assert everything.step < plain.step + whole + plain.moments
+    assert everything.host == pytest.approx(whole, rel=0.01)  # the gradients
+    activations = take_step(*given, layout=Layout(offload_activations=True))
+    assert activations.step < 0.8 * plain.step and activations.host > 0.2 * plain.step
+    on_cpu = take_step(*given[:-1], "cpu", layout=Layout(offload_activations=True))
+    assert on_cpu.step >= plain.step and on_cpu.host == 0, "both memories are one"
+
+
+def test_doctor_tells_the_cpus_memory_apart(capsys, monkeypatch):
+    """All that a GPU holds between passes is offloaded, in every stage."""
+    from rich.console import Console
+
+    from stages.tools.memory_table import print_memory
+
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("stages.shared.runtime.device_of", lambda experiment: "cuda")
+    config = Path(__file__).resolve().parents[2] / "resume" / "micro.yaml"
+    needs = {need.stage: need for need in memory.of_experiment(load_experiment(config, "launch.offload=all"), "cuda")}
+    assert len(needs) == 7 and all(
+        need.weights == need.moments == need.kept == 0 < need.host for need in needs.values()
+    )
+    plain = {need.stage: need for need in memory.of_experiment(load_experiment(config), "cuda")}
+    assert all(needs[stage].most < need.most for stage, need in plain.items() if stage in ("base", "sft", "rm", "dpo"))
+    assert print_memory(load_experiment(config, "launch.offload=all"), Console(width=160)) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[-1] == "offloaded" and "in the CPU's memory instead" in out
 
 
 def test_a_checkpointed_step_holds_less():
@@ -182,7 +231,7 @@ def test_a_step_of_a_soft_prompt(method):
 
 def of_ppo(config, adapter, device, dtype, **options) -> memory.Need:
     experiment = SimpleNamespace(
-        ppo=ppo_settings.PPOSettings(**options), launch=SimpleNamespace(processes=1, nodes=1, strategy="ddp"),
+        ppo=ppo_settings.PPOSettings(**options), launch=LaunchSettings(),
         rm=SimpleNamespace(ensemble=1), sft=SimpleNamespace(ppo_init=None),
     )  # fmt: skip
     take = lambda steps: take_step(config, steps, adapter, dtype, device)  # noqa: E731
