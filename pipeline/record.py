@@ -27,6 +27,9 @@ LIBRARIES = (
     "numpy",
 )
 
+AXES = ("tensor_parallel",)
+"""Settings of `launch` that divide the processes into groups; recorded where they do."""
+
 
 def manifest_of(
     run: dict[str, Any], seed: int, metrics: dict[str, Any], command: str, tracker_run_id: str | None
@@ -55,6 +58,7 @@ def manifest_of(
         "threads": run["threads"],
         "device": run.get("device"),
         "strategy": run.get("strategy"),
+        **{key: run[key] for key in AXES if run.get(key)},
         "hardware": hardware.describe_hardware(),
         "command": command or None,
         "started_at": run["started_at"],
@@ -67,8 +71,10 @@ def manifest_of(
 def process_facts(experiment: Common) -> dict[str, Any]:
     """Return who runs the stage, and what the last bits of its results may depend on."""
     facts = environment.facts()
-    strategy = experiment.launch.strategy if facts["world_size"] > 1 else None
-    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": strategy}
+    launch = experiment.launch
+    strategy = launch.strategy if facts["world_size"] > 1 else None
+    axes = {key: size for key in AXES if (size := getattr(launch, key) or 1) > 1}
+    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": strategy, **axes}
 
 
 def headline(stage: Stage, metrics: dict[str, Any]) -> list[str]:

@@ -432,6 +432,13 @@ class LaunchSettings(Section):
         "how several processes hold the models they train: ddp: each holds everything; fsdp2: each holds a shard of "
         "every weight, gradient and optimizer moment (torch's fully_shard, equivalent to ZeRO-3)",
     )
+    tensor_parallel: int | None = setting(
+        None,
+        "how many processes hold each model together, cut by transformers' own plan; they read the same rows, and the "
+        "other processes share rows and, with fsdp2, each cut again. For models whose layers are too large for one "
+        "device; null: 1",
+        ge=1,
+    )
     nodes: int = setting(1, "number of machines with that many processes each; for --submit slurm", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
     vllm: VllmSettings = setting(VllmSettings(), "where and how vLLM runs")

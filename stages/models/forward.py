@@ -21,6 +21,7 @@ from stages.models.loading import score_head
 from stages.models.packing import trunk_options
 from stages.models.sharding import compute_gathered, is_sharded
 from stages.models.soft_prompts import after_soft_prompt, excluded_ids, without_soft_prompt
+from stages.models.tensor_parallel import whole_weight
 from stages.objectives.logprobs import entropy, token_logprobs
 
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
@@ -45,7 +46,7 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
 
         def compute_logprobs() -> tuple[Tensor, Tensor | None]:
             hidden = _hidden(model, rows).index_select(0, index)
-            weight = unwrapped(model).get_output_embeddings().weight
+            weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
             excluded = excluded_ids(model, ids.device)
             return head_logprobs(hidden, weight, ids, temperature, with_entropy, excluded=excluded)
 
@@ -75,7 +76,8 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
 
         def compute_logprobs() -> Tensor:
             hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, before:]
-            weight, excluded = unwrapped(model).get_output_embeddings().weight, excluded_ids(model, ids.device)
+            weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
+            excluded = excluded_ids(model, ids.device)
             return head_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), excluded=excluded)[0]
 
         return compute_gathered(model, compute_logprobs).view_as(targets)

@@ -34,7 +34,7 @@ class Runtime:
     attention: str
     """Attention kernel, as model.attn_implementation."""
     sharded: bool
-    """Whether each of several processes holds a shard of the weights (fsdp2)."""
+    """Whether each of several processes holds a share of the weights (fsdp2, tensor_parallel)."""
     gradient_checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
     trust_remote_code: bool
@@ -106,8 +106,9 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether each of several processes holds a shard of each weight (fsdp2)."""
-    return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
+    """Return whether each of several processes holds a share of each weight."""
+    launch = experiment.launch
+    return parallel.rank_and_world_size()[1] > 1 and (launch.strategy == "fsdp2" or (launch.tensor_parallel or 1) > 1)
 
 
 def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str, ahead: int = 0) -> None:
