@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import Common
+from pipeline.config.sections import AXES, Common
 from pipeline.launch import environment, hardware
 from pipeline.stage import Stage
 from pipeline.store.artifacts import now
@@ -26,9 +26,6 @@ LIBRARIES = (
     "safetensors",
     "numpy",
 )
-
-AXES = ("tensor_parallel",)
-"""Settings of `launch` that divide the processes into groups; recorded where they do."""
 
 
 def manifest_of(

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config.sections import Common
+from pipeline.config.sections import AXES, Common
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, all_needs, sources
 from pipeline.launch.processes import Peers, detect_lost_peers
-from pipeline.record import AXES, headline, manifest_of, process_facts
+from pipeline.record import headline, manifest_of, process_facts
 from pipeline.stage import Source, Stage, StageRun, StopFlag
 from pipeline.state import Flags, StageState, is_dropped, refusals
 from pipeline.store import checkpoints, files

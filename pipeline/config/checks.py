@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import (
+    AXES,
     KINDS,
     RANKED,
     Common,
@@ -20,6 +21,7 @@ from pipeline.config.sections import (
     local_folder,
     source_paths,
 )
+from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.trackers.names import PACKAGES
 
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -200,6 +202,7 @@ def check_common(experiment: Common) -> list[str]:
         *head_problems(model),
         *adapter_problems(model),
         *strategy_problems(experiment),
+        *axis_problems(experiment),
         *attention_problems(model),
         *tracking_problems(experiment),
     ]
@@ -351,6 +354,37 @@ def strategy_problems(experiment: Common) -> list[str]:
     """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
     peft, strategy = experiment.model.peft, experiment.launch.strategy
     return [] if peft is None else sharding_problems(peft, strategy, "model.peft")
+
+
+def axis_problems(experiment: Common) -> list[str]:
+    """Return a line for each axis of parallelism that the processes or the adapter do not allow."""
+    launch, lines = experiment.launch, []
+    together = launch.together
+    count = max(launch.processes * launch.nodes, rank_and_size_from_environment()[1])
+    if count % together:
+        axes = [f"{key} {getattr(launch, key)}" for key in AXES if (getattr(launch, key) or 1) > 1]
+        lines.append(
+            f"launch.processes: {count} process(es) do not divide into groups of {together} ({' × '.join(axes)}); set "
+            f"a multiple of {together}"
+        )
+    if experiment.model.peft is not None:
+        lines += cut_adapter_problems(experiment, "model.peft")
+    return lines
+
+
+def cut_adapter_problems(experiment: Common, place: str) -> list[str]:
+    """Return a line if an adapter would be trained on a model that is cut.
+
+    Args:
+        experiment: The experiment.
+        place: Where the adapter's settings are.
+    """
+    if (experiment.launch.tensor_parallel or 1) == 1:
+        return []
+    return [
+        f"launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and {place} sets "
+        f"one; use launch.strategy: fsdp2 for a model that is too large for one device, or train every weight"
+    ]
 
 
 def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str]:

@@ -414,6 +414,10 @@ class VllmSettings(Section):
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
 
+AXES = ("tensor_parallel",)
+"""Settings of `launch` that divide the processes into groups."""
+
+
 class LaunchSettings(Section):
     """Choose devices, threads and processes."""
 
@@ -445,6 +449,16 @@ class LaunchSettings(Section):
     timeout: float = setting(
         600, "how long a process waits for another process, or for vLLM, before it gives up", "seconds", gt=0
     )
+
+    @property
+    def together(self) -> int:
+        """Return how many processes read the same rows, and hold or compute a model together."""
+        return self.tensor_parallel or 1
+
+    @property
+    def shares_weights(self) -> bool:
+        """Return whether several processes would each hold a share of every weight."""
+        return self.strategy == "fsdp2" or (self.tensor_parallel or 1) > 1
 
     @field_validator("strategy", mode="before")
     @classmethod

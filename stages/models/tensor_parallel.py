@@ -1,10 +1,10 @@
 """Cut a model among processes by transformers' own plan, for tensor parallelism.
 
-A family's plan (`model.tp_plan`) says which weights are cut by columns and which by rows; its styles
-are transformers', on torch's DTensor. Attention heads and the inner width of MLPs are then local, and
-each layer has two sums over the processes in each direction. Weights that the plan does not name stay
-whole on each process, as replicated DTensors: so all weights of a model have the same device mesh,
-and optimizers, norms and checkpoints treat them alike.
+A family's plan (`model.tp_plan`) says which weights are cut by columns and which by rows; its
+styles are transformers', on torch's DTensor. Attention heads and the inner width of MLPs are then
+local, and each layer has two sums over the processes in each direction. Weights that the plan does
+not name stay whole on each process, as replicated DTensors: so all weights of a model have the same
+device mesh, and optimizers, norms and checkpoints treat them alike.
 """
 
 from collections.abc import Callable
@@ -61,12 +61,12 @@ def _layer_rules(inner: nn.Module) -> dict[str, str]:
 
 
 def styles_of(inner: nn.Module) -> dict[str, str]:
-    """Return the plan of a transformers model: name of a module or parameter → name of its style."""
+    """Keep this process's share of those weights of a model's part that are still whole.
     return inner._expand_parallel_plan(inner.tp_plan)
 
 
 def cut(inner: nn.Module, part: nn.Module, styles: dict[str, str], mesh: Any) -> None:
-    """Keep this process's share of the weights of a part of a model that are still whole.
+    """Keep this process's share of those weights of a part of a model that are still whole.
 
     Args:
         inner: The transformers model; changed.
@@ -139,8 +139,8 @@ def _compute_with_local_weights(module: nn.Module, gradients: list[Partial] | No
 
     Args:
         module: The module; its forward is replaced.
-        gradients: What a gradient is on a process: [Partial()] where it has seen a share of the heads
-            only, and the sum is taken; None: it is the same on all.
+        gradients: What a gradient is on a process: [Partial()] where it has seen a share of the
+            heads only, and the sum is taken; None: it is the same on all.
     """
     forward = module.forward
 

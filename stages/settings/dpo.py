@@ -78,7 +78,7 @@ def check(experiment: "Experiment") -> list[str]:
         )
     if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):
         lines.append(f"dpo.label_smoothing: has no effect with loss_type {', '.join(names)}; use sigmoid, or 0")
-    return lines + check_ties(settings, "dpo", names, experiment.launch.strategy == "fsdp2")
+    return lines + check_ties(settings, "dpo", names, experiment.launch.shares_weights)
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:

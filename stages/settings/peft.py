@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.config.checks import OF_METHODS, peft_problems, sharding_problems
+from pipeline.config.checks import OF_METHODS, cut_adapter_problems, peft_problems, sharding_problems
 from pipeline.config.section import Section, setting
 from pipeline.config.sections import ModelSettings, PeftSettings
 from stages.models.packages import MISSING
@@ -92,7 +92,8 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
         return []
     peft, place = peft_of(experiment, stage), f"{stage}.peft"
     assert peft is not None
-    return peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
+    lines = peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
+    return lines + cut_adapter_problems(experiment, place)
 
 
 def missing_package(experiment: "Experiment", stage: str) -> list[str]:

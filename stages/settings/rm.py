@@ -117,7 +117,7 @@ def check(experiment: "Experiment") -> list[str]:
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
-    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.strategy == "fsdp2")
+    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.shares_weights)
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:

@@ -239,6 +239,8 @@ def sample_problems(experiment: "Experiment", settings: ConditionalSettings) -> 
         )
     if experiment.launch.strategy == "fsdp2":
         lines.append(f"{key}.samples_per_prompt: the policy does not sample under launch.strategy fsdp2; use ddp")
+    elif experiment.launch.together > 1:
+        lines.append(f"{key}.samples_per_prompt: the policy does not sample under launch.tensor_parallel; set it to 1")
     peft = peft_of(experiment, "sft")
     if peft is not None and peft.method == "adalora" and (settings.rounds or 1) > 1:
         lines.append(f"{key}.rounds: adalora prunes to its rank in one training; set 1 round, or use lora")

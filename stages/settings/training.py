@@ -101,7 +101,7 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sh
         section: The settings of the stage.
         name: The stage: rm or dpo.
         losses: Names of its losses.
-        sharded: Whether weights are sharded (launch.strategy fsdp2).
+        sharded: Whether weights are sharded (launch.strategy fsdp2, launch.tensor_parallel).
     """
     named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
     if not named:
@@ -116,7 +116,8 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sh
         lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
     if sharded and section.tie_strength is None:
         lines.append(
-            f"{name}.tie_strength: cannot be learned with launch.strategy fsdp2; state it (1.0: a third of equally "
+            f"{name}.tie_strength: cannot be learned where processes share weights (launch.strategy fsdp2, "
+            f"tensor_parallel); state it (1.0: a third of equally "
             f"good pairs is tied)"
         )
     return lines

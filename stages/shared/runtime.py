@@ -107,8 +107,7 @@ def dtype_of(experiment: Any) -> str:
 
 def is_sharding(experiment: Any) -> bool:
     """Return whether each of several processes holds a share of each weight."""
-    launch = experiment.launch
-    return parallel.rank_and_world_size()[1] > 1 and (launch.strategy == "fsdp2" or (launch.tensor_parallel or 1) > 1)
+    return parallel.rank_and_world_size()[1] > 1 and experiment.launch.shares_weights
 
 
 def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str, ahead: int = 0) -> None:

@@ -42,6 +42,7 @@ from stages.training.text_trainers import (
     no_routers,
     saving_on_rank_zero,
     with_current_settings,
+    with_groups,
     with_plain_loss,
     with_sharding,
     with_trained_weights,
@@ -239,7 +240,7 @@ def trainer_arguments(
     from trl import SFTConfig
 
     every = session.checkpoints.every
-    _, processes = parallel.rank_and_world_size()
+    _, processes = parallel.data_rank_and_size()
     rows, accumulation_steps = batch_of_each(task.rows_per_device, task.accumulation_steps, processes)
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -301,13 +302,16 @@ def make_trainer(
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
+    if parallel.layout().together > 1:
+        trainer_class = with_groups(trainer_class)
     smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))
     if smoothing and are_left_out:  # smoothing gives each token of the vocabulary a share; these have none to get
         raise UserError(
             "sft.label_smoothing: the tokens of the model's soft prompt, or its control tokens, have no probability, "
             "so labels cannot be smoothed over the vocabulary; leave it out, or use a model without such tokens"
         )
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing:
+    is_grouped = parallel.layout().together > 1  # trl's tiles read the head's weight, which may be cut
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing or is_grouped:
         trainer_class = with_plain_loss(trainer_class, smoothing)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):

@@ -115,6 +115,33 @@ def saving_on_rank_zero(trainer_class: type) -> type:
     return RankZeroSavingTrainer
 
 
+def with_groups(trainer_class: type) -> type:
+    """Give the ranks of a group the same rows, and sum gradients over the groups."""
+    from accelerate.data_loader import prepare_data_loader
+
+    class GroupsTrainer(trainer_class):
+        def get_train_dataloader(self) -> Any:
+            def prepared(loader: Any, **_: Any) -> Any:
+                rank, size = parallel.data_rank_and_size()
+                return prepare_data_loader(
+                    loader, self.accelerator.device, num_processes=size, process_index=rank, put_on_device=True
+                )
+
+            # accelerate would give each process rows of its own
+            self.accelerator.prepare_data_loader = prepared
+            return super().get_train_dataloader()
+
+        def _clip_grad_norm(self, model: nn.Module) -> Any:
+            # The loss is scaled for a mean over the ranks (PlainLossTrainer).
+            summed = [p for p in model.parameters() if p.grad is not None and not parallel.is_summed_by_fsdp(p)]
+            parallel.all_reduce_gradients(summed)
+            for p in summed:
+                p.grad.div_(parallel.rank_and_world_size()[1] // parallel.layout().tensor)
+            return super()._clip_grad_norm(model)
+
+    return GroupsTrainer
+
+
 def with_sharding(trainer_class: type) -> type:
     """Train a sharded model, with the checkpoints of a whole one.
 
