@@ -61,7 +61,7 @@ def _layer_rules(inner: nn.Module) -> dict[str, str]:
 
 
 def styles_of(inner: nn.Module) -> dict[str, str]:
-    """Keep this process's share of those weights of a model's part that are still whole.
+    """Return the plan of a transformers model: module or parameter → name of its style."""
     return inner._expand_parallel_plan(inner.tp_plan)
 
 
@@ -198,4 +198,3 @@ def check_same(expected: Tensor, found: Tensor, model: nn.Module) -> None:
             f"launch.tensor_parallel: cut by transformers' plan, this {type(unwrapped(model)).__name__} computes "
             f"something else; set it to 1, and launch.strategy: fsdp2 where the model does not fit into one device"
         )
-
