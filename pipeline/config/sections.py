@@ -414,7 +414,7 @@ class VllmSettings(Section):
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
 
-AXES = ("tensor_parallel",)
+AXES = ("tensor_parallel", "context_parallel")
 """Settings of `launch` that divide the processes into groups."""
 
 
@@ -443,6 +443,12 @@ class LaunchSettings(Section):
         "device; null: 1",
         ge=1,
     )
+    context_parallel: int | None = setting(
+        None,
+        "how many processes compute each row together, each a part of its tokens, in base, sft, rm and dpo; for rows "
+        "whose activations are too large for one device; null: 1",
+        ge=1,
+    )
     nodes: int = setting(1, "number of machines with that many processes each; for --submit slurm", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
     vllm: VllmSettings = setting(VllmSettings(), "where and how vLLM runs")
@@ -453,7 +459,7 @@ class LaunchSettings(Section):
     @property
     def together(self) -> int:
         """Return how many processes read the same rows, and hold or compute a model together."""
-        return self.tensor_parallel or 1
+        return (self.tensor_parallel or 1) * (self.context_parallel or 1)
 
     @property
     def shares_weights(self) -> bool:

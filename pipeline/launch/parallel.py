@@ -95,7 +95,15 @@ def arrange_as(launch: Any) -> None:
     Raises:
         UserError: the ranks do not divide into such groups.
     """
-    arrange(launch.tensor_parallel or 1, fsdp=launch.strategy == "fsdp2")
+    arrange(launch.tensor_parallel or 1, launch.context_parallel or 1, fsdp=launch.strategy == "fsdp2")
+
+
+def for_sum(loss: Tensor) -> Tensor:
+    """Return what of a loss this rank's backward pass takes, so that the sum over ranks is right.
+
+    All ranks that compute a row together have the loss of the whole row.
+    """
+    return loss if layout().context == 1 else loss / layout().context
 
 
 def layout() -> Layout:

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, layout, rank_and_world_size
 from stages.models import tensor_parallel
 from stages.models.adapters import unwrapped
+from stages.models.context_parallel import compute_whole_rows
 from stages.models.ensemble import members
 from stages.models.packing import reads_packed_rows, register
 from stages.models.precision import castable, uncast
@@ -297,6 +298,7 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
         model: The model.
         reload: Loads the model that it was made from; None: no frozen weights were cast.
     """
+    compute_whole_rows(model)  # rank 0 tries what it publishes, alone
     if is_sharded(model):
         # On the CPU: a device that needs shards has no room for the whole model.
         inside = copy.deepcopy(model.skeleton).cpu()

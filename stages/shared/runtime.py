@@ -176,9 +176,58 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
     from stages.models.roles import make_on_device
 
     model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded)
+    cut_rows_of(model)
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def cut_rows_of(model: Any) -> None:
+    """Let a model that trains compute its part of each row, if launch.context_parallel asks for it.
+
+    Args:
+        model: The model, which was tried with packed rows.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if parallel.layout().context == 1:
+        return
+    from stages.models.adapters import unwrapped
+    from stages.models.context_parallel import FLAG
+    from stages.models.forward import head_is_linear
+
+    inner = unwrapped(model)
+    check_cuts_rows(model)
+    if inner.get_output_embeddings() is not None and not head_is_linear(model):
+        raise UserError(
+            f"launch.context_parallel: the logits of a {type(inner).__name__} are more than the unembedding times "
+            f"hidden states, which rm and dpo compute in parts; set it to 1"
+        )
+    inner.__dict__[FLAG] = True
+
+
+def check_cuts_rows(model: Any) -> None:
+    """Check that a model can compute rows in parts.
+
+    Args:
+        model: The model, which was tried with packed rows.
+
+    Raises:
+        UserError: It cannot.
+    """
+    from stages.models.adapters import unwrapped
+    from stages.models.packing import reads_packed_rows
+
+    inner, why = unwrapped(model), None
+    if not reads_packed_rows(model):
+        why = "its attention has a window, or takes no other mask"
+    elif bound_of_short_rows(inner.config.to_dict()) is not None:
+        why = "longrope's positions depend on the length of the whole row"
+    if why is not None:
+        raise UserError(
+            f"launch.context_parallel: a {type(inner).__name__} cannot compute rows in parts here ({why}); set it to 1"
+        )
 
 
 def place_frozen(load: Callable[[], Any], runtime: Runtime, max_length: int) -> Any:

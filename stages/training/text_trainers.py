@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.adapters import unwrapped
+from stages.models.context_parallel import own_part
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
@@ -38,6 +39,11 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Tensor:
             labels = inputs["labels"][:, 1:]
+            if parallel.layout().context > 1:
+                # transformers' count has the labels of a row once for each process that computes it
+                counted = num_items_in_batch / parallel.layout().context
+                loss = own_part_loss(model, inputs["input_ids"], labels, counted, label_smoothing)
+                return loss * self.accelerator.num_processes
             # given labels, the model would compute its own loss as well
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
             if self.aux_loss_enabled:
@@ -57,6 +63,22 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             return loss
 
     return PlainLossTrainer
+
+
+def own_part_loss(model: nn.Module, ids: Tensor, labels: Tensor, count: Any, label_smoothing: float = 0.0) -> Tensor:
+    """Return the share of this process in a loss of rows that several processes compute together.
+
+    Args:
+        model: The model, which reads packed rows.
+        ids: (B, T), padded on the right.
+        labels: (B, T − 1): the label of each position but the last; −100 where there is no loss.
+        count: What the sum of cross-entropies is divided by.
+        label_smoothing: Share of a label's probability that is spread over all token ids.
+    """
+    part, options = own_part(ids, None)
+    logits = model(**options).logits
+    labels = torch.nn.functional.pad(labels, (0, part.mask.shape[-1] - labels.shape[1]), value=-100)
+    return language_model_loss(logits, labels[:, part.start : part.stop], count, label_smoothing)
 
 
 def no_routers(kind: str) -> str:
@@ -132,8 +154,13 @@ def with_groups(trainer_class: type) -> type:
             return super().get_train_dataloader()
 
         def _clip_grad_norm(self, model: nn.Module) -> Any:
-            # The loss is scaled for a mean over the ranks (PlainLossTrainer).
-            summed = [p for p in model.parameters() if p.grad is not None and not parallel.is_summed_by_fsdp(p)]
+            # The loss is scaled for a mean over the ranks (PlainLossTrainer). Without tensor
+            # parallelism, DDP or fsdp2 has taken it.
+            summed = (
+                []
+                if parallel.layout().weights is None
+                else [p for p in model.parameters() if p.grad is not None and not parallel.is_summed_by_fsdp(p)]
+            )
             parallel.all_reduce_gradients(summed)
             for p in summed:
                 p.grad.div_(parallel.rank_and_world_size()[1] // parallel.layout().tensor)
