@@ -171,7 +171,11 @@ def rows_of_this_rank(items: Sequence[Item], costs: Sequence[float]) -> list[Ite
 
 
 def compute_and_all_gather(
-    items: Sequence[Item], costs: Sequence[float], compute: Callable[[list[Item]], Sequence[Result]], idle: bool = False
+    items: Sequence[Item],
+    costs: Sequence[float],
+    compute: Callable[[list[Item]], Sequence[Result]],
+    idle: bool = False,
+    alone: bool = False,
 ) -> list[Result]:
     """Compute a result per item, each rank for its own share, and all-gather the results.
 
@@ -181,18 +185,21 @@ def compute_and_all_gather(
         compute: returns a result per item of a share, in their order.
         idle: whether `compute` is also called on a rank with an empty share. With sharded weights
             it must be: a forward pass needs all ranks.
+        alone: whether each rank computes without the others of its group, and so gets a share of
+            its own.
 
     Returns:
         The results of all items in their order, on every rank.
     """
-    rank, size = data_rank_and_size()
+    rank, size = rank_and_world_size() if alone else data_rank_and_size()
     if size == 1 and layout().together == 1:
         return list(compute(list(items)))
     shares = split_by_cost(costs, size)
     local = list(compute([items[i] for i in shares[rank]])) if shares[rank] or idle else []
     ordered: list[Any] = [None] * len(items)
     # all-gather returns the lists in the order of the ranks, which is the order of the shares
-    for share, results in zip(shares, one_of_each_group(all_gather(local)), strict=True):
+    gathered = all_gather(local) if alone else one_of_each_group(all_gather(local))
+    for share, results in zip(shares, gathered, strict=True):
         for i, result in zip(share, results, strict=True):
             ordered[i] = result
     return ordered

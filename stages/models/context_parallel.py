@@ -7,9 +7,9 @@ torch's own ring attention (torch.distributed.tensor.experimental.context_parall
 CUDA kernels only, and takes no mask.
 
 Each process of a group computes the loss of the same rows, from results that each computes for its
-own tokens and that are then summed. The loss is divided by the size of the group before the backward
-pass (`parallel.for_sum`), and gradients are summed over all processes. So every operation here has
-the gradient of a sum over processes.
+own tokens and that are then summed. The loss is divided by the size of the group before the
+backward pass (`parallel.for_sum`), and gradients are summed over all processes. So every operation
+here has the gradient of a sum over processes.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def cuts_rows(model: nn.Module) -> bool:
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Concatenate the tokens (dimension 2) of all processes; gradients go back to where they are."""
+    """Concatenate the tokens (dimension 2) of all processes; a gradient goes back to its token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
