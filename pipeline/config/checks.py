@@ -368,17 +368,23 @@ def axis_problems(experiment: Common) -> list[str]:
             f"a multiple of {together}"
         )
     if experiment.model.peft is not None:
-        lines += cut_adapter_problems(experiment, "model.peft")
+        lines += cut_adapter_problems(experiment, experiment.model.peft, "model.peft")
     return lines
 
 
-def cut_adapter_problems(experiment: Common, place: str) -> list[str]:
-    """Return a line if an adapter would be trained on a model that is cut.
+def cut_adapter_problems(experiment: Common, peft: PeftSettings, place: str) -> list[str]:
+    """Return a line if an adapter would be trained on a model that is cut, or a prefix on cut rows.
 
     Args:
         experiment: The experiment.
+        peft: The adapter.
         place: Where the adapter's settings are.
     """
+    if (experiment.launch.context_parallel or 1) > 1 and peft.method in PREFIX:
+        return [
+            f"launch.context_parallel: a prefix's keys come before those of the row, which processes compute in parts; "
+            f"set it to 1, or {place}.method: lora"
+        ]
     if (experiment.launch.tensor_parallel or 1) == 1:
         return []
     return [

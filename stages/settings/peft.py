@@ -93,7 +93,7 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
     peft, place = peft_of(experiment, stage), f"{stage}.peft"
     assert peft is not None
     lines = peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
-    return lines + cut_adapter_problems(experiment, place)
+    return lines + cut_adapter_problems(experiment, peft, place)
 
 
 def missing_package(experiment: "Experiment", stage: str) -> list[str]:

@@ -69,14 +69,14 @@ def own_part_loss(model: nn.Module, ids: Tensor, labels: Tensor, count: Any, lab
     """Return the share of this process in a loss of rows that several processes compute together.
 
     Args:
-        model: The model, which reads packed rows.
+        model: The model, which reads packed rows; or DDP's wrapper of it.
         ids: (B, T), padded on the right.
         labels: (B, T − 1): the label of each position but the last; −100 where there is no loss.
         count: What the sum of cross-entropies is divided by.
         label_smoothing: Share of a label's probability that is spread over all token ids.
     """
     part, options = own_part(ids, None)
-    logits = model(**options).logits
+    logits = without_soft_prompt(getattr(model, "module", model), model(**options).logits)
     labels = torch.nn.functional.pad(labels, (0, part.mask.shape[-1] - labels.shape[1]), value=-100)
     return language_model_loss(logits, labels[:, part.start : part.stop], count, label_smoothing)
 
