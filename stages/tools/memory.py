@@ -28,6 +28,7 @@ from stages.settings.reward_base import trains_sft, with_own_base
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
+from stages.tools.memory_axes import held_together, on_axes, on_device, whole_layers
 from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
@@ -64,13 +65,14 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         device: "cpu" or "cuda".
         trust_remote_code: Whether code that the model brings may run.
     """
-    m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
+    m, dtype, ranks = experiment.model, dtype_for(experiment, device), groups(experiment)
     parts = sharers(experiment)
     config = model_config(m, trust_remote_code)
 
     def take(steps: list[Step], stage: str, config: Any = config) -> Sizes:
         adapter = AdapterSettings() if stage.endswith("base") else adapter_settings(model_of(experiment, stage))
-        return take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
+        sizes = take_step(config, steps, adapter, dtype, device, m.gradient_checkpointing, m.attn_implementation, parts)
+        return on_axes(sizes, experiment.launch, config, steps, m.attn_implementation, parts)
 
     seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
     second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
@@ -90,7 +92,11 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
 
     def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
-        return take_passes(config, steps, dtype, device, m.attn_implementation, parts)
+        models, most = take_passes(config, steps, dtype, device, m.attn_implementation, parts)
+        if parts > 1 and held_together(experiment.launch):
+            gathered = whole_layers(config, {step.model for step in steps}, m.attn_implementation)
+            most += on_device(gathered, experiment.launch, config, steps) - gathered
+        return models, most
 
     if experiment.data.rankings is None:
         yield of_rankings(experiment, config, passes, dtype)
@@ -152,7 +158,7 @@ def of_ppo(
         passes: Passes micro-batches through frozen models, as `take_passes`; read with `second`.
     """
     second = config if second is None else second
-    c, ranks = experiment.ppo, processes(experiment)
+    c, ranks = experiment.ppo, groups(experiment)
     width = (c.max_length - c.response_length, c.response_length)
     episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
     parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, c.per_device_train_batch_size, most)
@@ -195,7 +201,7 @@ def of_ppo(
             # of the policy that PPO starts from
             weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)
     kept = policy * (c.publish_ema + (c.keep == "best"))
-    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
+    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // processes(experiment)))
     cache = cache_of(config, sampled, sum(width), dtype)
     cast = policy // 2 if dtype == "bfloat16" else 0
     if shares > 1:  # a whole copy, with its linear layers cast
@@ -318,7 +324,12 @@ def processes(experiment: Any) -> int:
 
 def sharers(experiment: Any) -> int:
     """Return how many processes hold a shard of each weight."""
-    return processes(experiment) if experiment.launch.strategy == "fsdp2" else 1
+    return processes(experiment) if experiment.launch.strategy == "fsdp2" else experiment.launch.tensor_parallel or 1
+
+
+def groups(experiment: Any) -> int:
+    """Return how many processes, or groups of them, share the rows of a batch."""
+    return max(1, processes(experiment) // experiment.launch.together)
 
 
 def dtype_for(experiment: Any, device: str) -> str:

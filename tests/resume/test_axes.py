@@ -1,4 +1,4 @@
-"""Test processes that hold a model together (tensor parallel), or compute rows together (context)."""
+"""Test processes that hold a model, or compute rows, together: tensor and context parallel."""
 
 import json
 import signal
@@ -66,7 +66,7 @@ def test_killed_and_resumed_they_give_the_same_bytes(stage, who, size, settings,
 
 @pytest.mark.slow
 def test_a_signal_ends_them_with_a_checkpoint_and_another_layout_goes_on(oracle, tmp_path):
-    """From tensor parallel to one process to context parallel: the results are those of one process."""
+    """From tensor parallel to one process to context parallel, with the results of one process."""
     root = copy_without(oracle, tmp_path, "dpo")
     folder = root / "micro" / "dpo"
     assert rlhf_together(*command("dpo", root, TENSOR), term=(0, "dpo", 3), seconds=120)[0] == 75
