@@ -164,7 +164,7 @@ def whole_weight(weight: Tensor) -> Tensor:
 def trial(model: nn.Module, run: Callable[[Callable[[], Tensor]], Tensor]) -> Tensor:
     """Return the hidden states of a few tokens, in float32 on the CPU.
 
-    Gradients are recorded where weights train: some code fails only then.
+    In training mode, with gradients recorded, where weights train: some code differs only then.
 
     Args:
         model: The model, whole or cut.
@@ -172,7 +172,7 @@ def trial(model: nn.Module, run: Callable[[Callable[[], Tensor]], Tensor]) -> Te
     """
     inner = unwrapped(model)
     device, training = next(inner.parameters()).device, inner.training
-    inner.eval()
+    inner.train(any(p.requires_grad for p in inner.parameters()))  # as it will compute; dropout is off
     casts = any(p.dtype == torch.bfloat16 for p in inner.parameters())
     context: AbstractContextManager = torch.autocast(device.type, dtype=torch.bfloat16) if casts else nullcontext()
     ids = torch.tensor(TRIED, device=device)
