@@ -17,6 +17,7 @@ from data.groups import make_rows
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.adapters import AdapterSettings, with_adapter
+from stages.models.file_tensors import file_tensors
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, text_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
@@ -94,6 +95,10 @@ def check_training(family, fsdp, tied):
     with gathered(ours) as reader:
         for p, q in zip(reader.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    files = dict(file_tensors(ours))  # as vLLM gets them
+    for name, q in file_tensors(other):
+        torch.testing.assert_close(files.pop(name), q, atol=1e-5, rtol=1e-4)
+    assert not files
     published = publishable(ours)
     if parallel.is_rank_zero():
         for p, q in zip(published.parameters(), other.parameters(), strict=True):
