@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from data.groups import PromptGroup
+from data.labels import labels_of
 from data.records import Ranking, prompt_key
 from data.ties import judged_ties, largest_tie
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1024
 """Rows of a batch in the file."""
-COLUMNS = ("tokens", "widths", "responses", "pairs", "ties", "largest")
+FACTS = ("ranks", "id", "labeler", "margin", "scores", "labels")
+"""Columns of the file beside token ids."""
+COLUMNS = ("tokens", "widths", "responses", "pairs", "ties", "largest", "labels")
 """Numbers of each group in the index, as of `IndexBuilder`."""
 
 
@@ -42,7 +45,8 @@ class EncodedRanking:
 
 def group_of(row: EncodedRanking) -> PromptGroup:
     """Return a ranking as a group of its own."""
-    return PromptGroup(row.prompt, row.responses, row.ranking.ranks)
+    labels = row.ranking.labels
+    return PromptGroup(row.prompt, row.responses, row.ranking.ranks, labels=() if labels is None else (labels,))
 
 
 @dataclass
@@ -65,6 +69,8 @@ class IndexBuilder:
     """The tied pairs of each group, over all labelers."""
     largest: array = field(default_factory=lambda: array("i"))
     """The most different responses that share a rank in each group."""
+    labels: array = field(default_factory=lambda: array("i"))
+    """The labels of single responses of each group, over all labelers, as of `labels_of`."""
 
     def add(self, row: EncodedRanking) -> None:
         """Add the next row."""
@@ -78,15 +84,17 @@ class IndexBuilder:
             self.pairs.append(0)
             self.ties.append(0)
             self.largest.append(1)
+            self.labels.append(0)
         self.owner.append(group)
         one = group_of(row)
         self.pairs[group] += len(one.pairs())
+        self.labels[group] += sum(label is not None for labels in labels_of(one) for label in labels)
         if ties := sum(1 for _ in judged_ties(one)):
             self.ties[group] += ties
             self.largest[group] = max(self.largest[group], largest_tie(one))
 
     def table(self) -> pyarrow.Table:
-        """Return the index: a row for each group with a usable pair or a tie."""
+        """Return the index: a row for each group with a usable pair, a tie or a label."""
         import pyarrow as pa
 
         order = np.argsort(np.asarray(self.owner), kind="stable").astype(np.int32)
@@ -95,7 +103,7 @@ class IndexBuilder:
         rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(order))
         columns = {name: pa.array(np.asarray(getattr(self, name), dtype=np.int32)) for name in COLUMNS}
         table = pa.table({"rows": rows, **columns})
-        return table.filter(pa.array(np.asarray(self.pairs) + np.asarray(self.ties) > 0))
+        return table.filter(pa.array(np.asarray(self.pairs) + np.asarray(self.ties) + np.asarray(self.labels) > 0))
 
 
 def schema() -> pyarrow.Schema:
@@ -112,6 +120,7 @@ def schema() -> pyarrow.Schema:
             "labeler": pa.string(),
             "margin": pa.float64(),
             "scores": pa.list_(pa.float64()),
+            "labels": pa.list_(pa.bool_()),
         }
     )
 
@@ -154,6 +163,7 @@ def batches_of(rows: Iterable[EncodedRanking], index: IndexBuilder) -> Iterator[
                 "margin": ranking.margin,
                 # a margin that the labeler gave goes before one that scores would give
                 "scores": ranking.scores if ranking.margin is None else None,
+                "labels": ranking.labels,
             }
         )
         if len(batch) == ROWS_AT_ONCE:
@@ -195,7 +205,7 @@ class RowFile:
         if at not in self._batches:
             self._batches[at] = self.reader.get_batch(at)
         batch = self._batches[at]
-        row = {name: batch.column(name)[i].as_py() for name in ("ranks", "id", "labeler", "margin", "scores")}
+        row = {name: batch.column(name)[i].as_py() for name in FACTS}
         if with_tokens:
             row["prompt"] = ids_at(batch.column("prompt"), i)
             responses = batch.column("responses")
@@ -248,6 +258,7 @@ class GroupRows(Sequence[PromptGroup]):
         row = self.file.row(first)
         rows = [row, *(self.file.row(number, with_tokens=False) for number in others)]
         has_scores = any(one["scores"] is not None for one in rows)
+        has_labels = any(one["labels"] is not None for one in rows)
         return PromptGroup(
             prompt=row["prompt"],
             responses=row["responses"],
@@ -257,6 +268,7 @@ class GroupRows(Sequence[PromptGroup]):
             labelers=tuple(one["labeler"] for one in rows),
             margins=tuple(one["margin"] or 0.0 for one in rows),
             scores=tuple(one["scores"] and tuple(one["scores"]) for one in rows) if has_scores else (),
+            labels=tuple(one["labels"] and tuple(one["labels"]) for one in rows) if has_labels else (),
         )
 
     def part(self, indices: Sequence[int]) -> GroupRows:
@@ -285,39 +297,44 @@ def write_groups(target: Path, index: Path, rows: Iterable[EncodedRanking]) -> N
         writer.write_table(table)
 
 
-def read_groups(target: Path, index: Path, with_ties: bool = False) -> GroupRows:
+def read_groups(target: Path, index: Path, with_ties: bool = False, with_labels: bool = False) -> GroupRows:
     """Map the files of `write_groups` into memory.
 
     Args:
         target: The path of the rows.
         index: The path of the index.
         with_ties: Whether to return groups that have ties only, too.
+        with_labels: Whether to return groups with a label of a response, and no others.
     """
     import pyarrow as pa
 
     with pa.memory_map(str(index)) as file:
-        return GroupRows(RowFile.open(target), usable(pa.ipc.open_file(file).read_all(), with_ties))
+        return GroupRows(RowFile.open(target), usable(pa.ipc.open_file(file).read_all(), with_ties, with_labels))
 
 
-def groups_of(rows: Iterable[EncodedRanking], with_ties: bool = False) -> GroupRows:
+def groups_of(rows: Iterable[EncodedRanking], with_ties: bool = False, with_labels: bool = False) -> GroupRows:
     """Make groups of rows in memory, without a file.
 
     Args:
         rows: The rows.
         with_ties: As of `read_groups`.
+        with_labels: As of `read_groups`.
     """
     import pyarrow as pa
 
     stream = pa.BufferOutputStream()
     index = write_rows(stream, rows)
-    return GroupRows(RowFile.open(stream.getvalue()), usable(index, with_ties))
+    return GroupRows(RowFile.open(stream.getvalue()), usable(index, with_ties, with_labels))
 
 
-def usable(index: pyarrow.Table, with_ties: bool) -> pyarrow.Table:
-    """Return the rows of an index with a usable pair; `with_ties` those with ties only, too."""
+def usable(index: pyarrow.Table, with_ties: bool, with_labels: bool) -> pyarrow.Table:
+    """Return the rows of an index with a usable pair; or a tie too; or with a label instead."""
     import pyarrow as pa
 
-    return index if with_ties else index.filter(pa.array(index.column("pairs").to_numpy() > 0))
+    counts = index.column("labels" if with_labels else "pairs").to_numpy()
+    if with_ties:
+        counts = counts + index.column("ties").to_numpy()
+    return index.filter(pa.array(counts > 0))
 
 
 # ── what batches need of many groups, without their token ids ────────────────────────────────────

@@ -47,6 +47,8 @@ class PromptGroup:
     """For each labeler the score difference that every pair should have at least; 0 for none."""
     scores: tuple[tuple[float | None, ...] | None, ...] = ()
     """For each labeler the scores that the ranks were made from, where they give the margins."""
+    labels: tuple[tuple[bool | None, ...] | None, ...] = ()
+    """For each labeler whether each response is good by itself; None where that was not said."""
 
     def margin(self, pair: Pair) -> float:
         """Return the score difference that a pair should have at least; 0 for none.

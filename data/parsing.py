@@ -46,10 +46,13 @@ def parse_prompt(row: dict) -> Prompt:
 
 
 def parse_ranking(row: dict) -> Ranking:
-    """Parse a row {prompt, responses, ranks, …}; without an id it gets one from its content."""
+    """Parse a row {prompt, responses, ranks, …}; without an id it gets one from its content.
+
+    With labels one response is enough.
+    """
     prompt, responses = parse_prompt_value(row), parse_list(row, "responses")
     given_ranks = parse_list(row, "ranks")
-    if len(responses) < 2:
+    if len(responses) < (2 if row.get("labels") is None else 1):
         raise ValueError(f"a ranking needs at least 2 responses, not {len(responses)}; add one, or delete it")
     for position, response in enumerate(responses, 1):
         if not isinstance(response, str):
@@ -67,6 +70,7 @@ def parse_ranking(row: dict) -> Ranking:
         margin=parse_margin(row),
         finished=parse_finished(row, len(responses)),
         scores=parse_scores(row, ranks),
+        labels=parse_labels(row, ranks),
         source=row["source"] if isinstance(row.get("source"), str) and row["source"] else None,
         **parse_about(row),
     )
@@ -177,6 +181,38 @@ def parse_scores(row: dict, ranks: tuple[int | None, ...]) -> tuple[float | None
         if any(other_rank > rank and other_score > score for other_rank, other_score in pairs):
             raise ValueError("'ranks' and 'scores' contradict each other (1 is the best rank, higher the better score)")
     return scores
+
+
+def parse_labels(row: dict, ranks: tuple[int | None, ...]) -> tuple[bool | None, ...] | None:
+    """Return whether each response is good by itself; None if the row does not say.
+
+    Args:
+        row: The row.
+        ranks: Its checked ranks. A bad response must not have a better rank than a good one.
+    """
+    if row.get("labels") is None:
+        return None
+    labels = check_labels(parse_list(row, "labels"), len(ranks))
+    good = [rank for rank, label in zip(ranks, labels, strict=True) if label is True and rank is not None]
+    bad = [rank for rank, label in zip(ranks, labels, strict=True) if label is False and rank is not None]
+    if good and bad and max(good) > min(bad):
+        raise ValueError("'ranks' and 'labels' contradict each other (1 is the best rank, true a good response)")
+    return labels
+
+
+def check_labels(labels: list, count: int) -> tuple[bool | None, ...]:
+    """Return labels as true (good) or false (bad), or null for a response that was not judged.
+
+    Args:
+        labels: The value in the row.
+        count: The number of responses, K.
+    """
+    if len(labels) != count:
+        raise ValueError(f"{count} responses, {len(labels)} labels; expected one label per response")
+    for position, label in enumerate(labels, 1):
+        if label is not None and type(label) is not bool:
+            raise ValueError(f"label {position} is {describe(label)}; expected true (good), false (bad) or null")
+    return tuple(labels)
 
 
 def check_scores(scores: list, count: int) -> tuple[float | None, ...]:

@@ -1,7 +1,7 @@
 """Define the four records that every data file is turned into, and write them as JSONL.
 
     Demonstration {prompt, completion, learnt?, row_text?}
-    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?, source?}
+    Ranking {id, prompt, responses, ranks, labeler?, margin?, finished?, scores?, labels?, source?}
     Document {text}
     Prompt {prompt, row_text?}
 
@@ -16,13 +16,25 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-OPTIONAL = ("learnt", "labeler", "margin", "finished", "scores", "source", "user_id", "kind", "meta", "row_text")
+OPTIONAL = (
+    "learnt",
+    "labeler",
+    "margin",
+    "finished",
+    "scores",
+    "labels",
+    "source",
+    "user_id",
+    "kind",
+    "meta",
+    "row_text",
+)
 """Fields that are left out of a record's JSON where they are None or empty."""
 
 # ── the records ──────────────────────────────────────────────────────────────────────────────────
@@ -53,7 +65,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Hold K ≥ 2 responses to one prompt and how one labeler ranked them."""
+    """Hold K ≥ 2 responses to one prompt and how one labeler ranked them.
+
+    A labeler may also have said of each response alone whether it is good (`labels`); then K ≥ 1.
+    """
 
     id: str
     """Unique in its file."""
@@ -73,6 +88,9 @@ class Ranking:
     scores: tuple[float | None, ...] | None = None
     """The score of each response that the ranks were made from, higher being better; None was not
     scored. None: the row was ranked, not scored."""
+    labels: tuple[bool | None, ...] | None = None
+    """Whether each response is good by itself, as a thumb says; None was not judged. None: no
+    labels."""
     source: str | None = None
     """The data set that it comes from: the row's own word, or which source of a mixture it was in.
     The reward model's accuracy is also given for each."""
@@ -184,6 +202,27 @@ def judged_pairs(ranking: Ranking) -> Iterator[tuple[int, int, str]]:
             yield j, i, "usable"
 
 
+def ranks_of_labels(labels: Sequence[bool | None]) -> list[int | None]:
+    """Return the ranks that labels stand for: good responses tie on rank 1, bad ones behind them.
+
+    Where all labels are alike nothing is preferred, and no response has a rank.
+
+    Args:
+        labels: Whether each response is good; None was not judged.
+    """
+    good = sum(label is True for label in labels)
+    if not good or not sum(label is False for label in labels):
+        return [None] * len(labels)
+    return [None if label is None else 1 if label else good + 1 for label in labels]
+
+
+def is_usable(ranking: Ranking) -> bool:
+    """Return whether a loss can learn from a ranking: it has a usable pair, or a label."""
+    if any(label is not None for label in ranking.labels or ()):
+        return True
+    return any(verdict == "usable" for *_, verdict in judged_pairs(ranking))
+
+
 def content_id(ranking: Ranking) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of everything in a ranking except its id."""
     content: list[object] = [as_messages(ranking.prompt), ranking.responses, ranking.ranks, ranking.labeler]
@@ -194,6 +233,8 @@ def content_id(ranking: Ranking) -> str:
         content.append(ranking.finished)
     if ranking.scores is not None:
         content.append(["scores", ranking.scores])
+    if ranking.labels is not None:
+        content.append(["labels", ranking.labels])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from data.error_lines import shorten
 from data.mixed_sources import add_counts, is_repeated, mix_parts, notes_of_parts, order_of_mixture, with_source
 from data.progress import Note, no_note
-from data.records import Ranking, Record, judged_pairs
+from data.records import Ranking, Record, is_usable, judged_pairs
 from data.row_reader import records
 from data.seen import Seen
 from data.source import Loaded, Source
@@ -179,7 +179,7 @@ def stream(kind: str, source: Source, loaded: Loaded, max_rows: int | None = Non
 
 
 def count_verdicts(record: Record, verdicts: Counter[str]) -> None:
-    """Count the verdicts on a ranking's pairs, until one is known to be usable.
+    """Count the verdicts on a ranking's pairs, until one, or a label, is known to be usable.
 
     Args:
         record: The record; only rankings have pairs.
@@ -187,6 +187,7 @@ def count_verdicts(record: Record, verdicts: Counter[str]) -> None:
     """
     if isinstance(record, Ranking) and not verdicts["usable"]:
         verdicts.update(verdict for *_, verdict in judged_pairs(record))
+        verdicts["usable"] += record.labels is not None and is_usable(record)
 
 
 def no_usable_pair(name: str, verdicts: Counter[str]) -> list[str]:

@@ -49,13 +49,24 @@ def answer(template: str, conversation: list[dict], options: dict, seconds: floa
     return {"text": text}
 
 
+def limit_memory() -> None:
+    """Let this process take MEBIBYTES more than now, where the system has such a limit (Linux).
+
+    Elsewhere, the limits of time and of the text's length still end a template.
+    """
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEBIBYTES * 2**20,) * 2)
+
+
 def main(seconds: float) -> None:
     """Answer requests until standard input ends; `seconds` limits each conversation."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent decides when this process ends
         signal.signal(number, signal.SIG_IGN)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEBIBYTES * 2**20,) * 2)
+    limit_memory()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A template cannot print, but a library may: only `out` reaches the parent.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")

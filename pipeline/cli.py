@@ -187,6 +187,8 @@ def build_parser() -> Parser:
     add_rank(commands)
     add_round(commands)
     add_serve_reward(commands)
+    add_push(commands)
+    add_export(commands)
     add_compare(commands)
     add_data(commands)
     return parser
@@ -231,7 +233,7 @@ def add_run(commands: Any) -> None:
     run.add_argument("-h", "--help", action="store_true", dest="show_help")
     for flag in ("only", "force", "restart", "override-config", "allow-elastic", "trust-remote-code", "dry-run"):
         run.add_argument(f"--{flag}", action="store_true")
-    run.add_argument("--submit", choices=["slurm"])
+    run.add_argument("--submit", choices=["slurm", "sky"])
 
 
 def add_evaluate(commands: Any) -> None:
@@ -313,7 +315,7 @@ def add_init(commands: Any) -> None:
         metavar="FILE",
         help="data files, folders or globs; their kinds are guessed, and several of a kind become a mixture",
     )
-    init.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
+    init.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to compute on")
     init.add_argument("--debug", action="store_true", help="show tracebacks")
     init.set_defaults(config=None, artifacts="artifacts", trust_remote_code=False)
 
@@ -468,6 +470,70 @@ A signal ends it (exit code 0) when the requests that have come are answered."""
     serve.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 
 
+MODELS = (*api.STAGES, *api.OPTIONAL)
+"""Stages that may have published a model."""
+
+
+def add_push(commands: Any) -> None:
+    """Add `rlhf push`."""
+    text = "upload the model of a finished stage to the Hugging Face Hub"
+    more = """Sends the published folder in one commit: weights, tokenizer, card; no checkpoints and no journals.
+The repository is private unless --public is given. The token is that of `hf auth login` or HF_TOKEN.
+
+  rlhf push ppo ORG/NAME -c configs/tiny.yaml --dry-run
+  rlhf push ppo ORG/NAME -c configs/tiny.yaml --update --message 'More rankings'"""
+    push = add_command(commands, "push", text, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
+    push.add_argument("stage", metavar="STAGE", choices=MODELS, help="stage whose model is uploaded, such as ppo")
+    push.add_argument("repository", metavar="ORG/NAME", help="repository on the Hub; it is made if it is missing")
+    add_folder_flags(push)
+    push.add_argument("--public", action="store_true", help="let everybody read it (default: private)")
+    push.add_argument(
+        "--update", action="store_true", help="add a commit to a repository that exists already (default: refuse)"
+    )
+    push.add_argument("--revision", default="main", metavar="BRANCH", help="branch that gets the commit")
+    push.add_argument("--message", metavar="TEXT", help="subject of the commit")
+    push.add_argument("--dry-run", action="store_true", help="list the files and their sizes; ask and send nothing")
+
+
+def add_export(commands: Any) -> None:
+    """Add `rlhf export`."""
+    text = "write the policy of a finished stage as one file for other programs"
+    more = """GGUF is what llama.cpp, Ollama and LM Studio read. It is written for the models named in
+pipeline/README.md; for others, use llama.cpp's own script on the published folder.
+
+  rlhf export ppo --to gguf -o ppo.gguf -c configs/tiny.yaml"""
+    export = add_command(commands, "export", text, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
+    export.add_argument("stage", metavar="STAGE", choices=MODELS, help="stage whose policy is written, such as ppo")
+    export.add_argument("--to", required=True, choices=["gguf"], help="form of the file")
+    export.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="file to write")
+    add_folder_flags(export, policies_only=True)
+    export.add_argument(
+        "--dtype",
+        choices=["as-published", "f32", "f16", "bf16", "q8_0"],
+        default="as-published",
+        help="how matrices are held (default: as in the published folder); vectors stay in f32",
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
+def add_folder_flags(command: Parser, policies_only: bool = False) -> None:
+    """Add the flags that choose among the models that a stage has published.
+
+    Args:
+        command: The parser of the command.
+        policies_only: Whether it takes no value model.
+    """
+    choice = command.add_mutually_exclusive_group()
+    choice.set_defaults(folder="model")
+    kept = [("ema", "model_ema", "the average of ppo's weights (ppo.publish_ema)")]
+    if not policies_only:
+        kept.append(("value-model", "value_model", "the value model of ppo"))
+    for flag, folder, what in kept:
+        choice.add_argument(
+            f"--{flag}", action="store_const", const=folder, dest="folder", help=f"take {what} instead of the model"
+        )
+
+
 def add_compare(commands: Any) -> None:
     """Add `rlhf compare`."""
     text = "compare finished experiments on one page: settings, results with paired intervals, curves, answers"
@@ -513,7 +579,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     settings: list[str] = []
     if argv[:1] == ["data"]:
         words, reading = data_arguments.split_reading(argv)
-    if argv[:1] in (["run"], ["data"], ["evaluate"]):
+    if argv[:1] in (["run"], ["data"], ["evaluate"], ["push"], ["export"]):
         words, settings = split_settings(words)
     arguments, unknown = build_parser().parse_known_args(words)
     arguments.words = argv
@@ -547,7 +613,10 @@ def is_setting(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
-VALUED = ("-c", "--config", "--artifacts", "--include-path", "--reward-bench", "--harmful", "--harmless-looking")
+VALUED = (
+    *("-c", "--config", "--artifacts", "--include-path", "--reward-bench", "--harmful", "--harmless-looking"),
+    *("-o", "--output", "--message"),
+)
 """Flags whose value may have "=" in it."""
 
 

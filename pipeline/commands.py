@@ -49,6 +49,8 @@ beside them:       {" ".join(api.TESTS)}, also by `rlhf evaluate`
   --debug                show tracebacks
   --trust-remote-code    run code that a model's folder or repository brings, also the copy in its artifacts
   --submit slurm         submit one job per stage to sbatch (settings: launch.slurm)
+  --submit sky           submit one task to SkyPilot, for clouds and Kubernetes (settings: launch.sky), such as
+                         rlhf run ppo -c configs/tiny.yaml --artifacts s3://bucket/prefix --submit sky --dry-run
   --dry-run              with --submit: print the scripts, submit nothing
 
 exit codes: 0 done or up to date; 2 a mistake in config, data or artifacts; 3 training stopped itself;
@@ -423,6 +425,50 @@ def serve_reward_command(arguments: argparse.Namespace) -> int:
         )
 
 
+def push_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf push`: upload the model of a finished stage to the Hub."""
+    # no other command goes online without a name on the Hub in its config; a dry run asks nobody
+    if arguments.dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    if sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        os.environ.setdefault("TQDM_DISABLE", "0")
+    experiment = load(arguments)
+    push = importlib.import_module("stages.tools.push")
+    options = push.Options(
+        stage=arguments.stage,
+        repository=arguments.repository,
+        folder=arguments.folder,
+        public=arguments.public,
+        update=arguments.update,
+        revision=arguments.revision,
+        message=arguments.message,
+        dry_run=arguments.dry_run,
+    )
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    return push.run(experiment, store, api.all_stages(), options)
+
+
+def export_command(arguments: argparse.Namespace) -> int:
+    """Run `rlhf export`: write the policy of a finished stage for other programs."""
+    experiment = load(arguments)
+    export = importlib.import_module("stages.tools.export")
+    store = api.open_store(experiment, Location.of(arguments.artifacts))
+    return export.run(
+        experiment,
+        store,
+        api.all_stages(),
+        export.Options(
+            stage=arguments.stage,
+            output=arguments.output,
+            folder=arguments.folder,
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+        ),
+    )
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run `rlhf compare`: write a page that compares experiments, and print tables."""
     from pipeline.launch import environment
@@ -450,6 +496,8 @@ COMMANDS = {
     "rank": rank_command,
     "round": round_command,
     "serve-reward": serve_reward_command,
+    "push": push_command,
+    "export": export_command,
     "compare": compare_command,
     "data": data_command,
 }

@@ -67,7 +67,7 @@ def manifest_of(
 
 def process_facts(experiment: Common) -> dict[str, Any]:
     """Return who runs the stage, and what the last bits of its results may depend on."""
-    facts = environment.facts()
+    facts = environment.facts(experiment.launch.device)
     launch = experiment.launch
     strategy = launch.strategy if facts["world_size"] > 1 else None
     axes = {key: size for key in AXES if (size := getattr(launch, key) or 1) > 1}

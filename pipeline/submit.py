@@ -1,4 +1,4 @@
-"""Submit one SLURM job per stage: the command `rlhf run STAGE --submit slurm`."""
+"""Submit stages to other machines: `rlhf run STAGE --submit slurm` and `--submit sky`."""
 
 import argparse
 import os
@@ -11,13 +11,49 @@ from pipeline.errors import UserError
 
 
 def submit_command(arguments: argparse.Namespace) -> int:
-    """Run `rlhf run STAGE --submit slurm`: submit one job per stage that is not up to date."""
+    """Run `rlhf run STAGE --submit`: as jobs of SLURM, or as a task of SkyPilot."""
+    if arguments.submit is None:
+        raise UserError("command line: --dry-run shows what --submit would do; add --submit slurm or --submit sky")
+    return submit_to_sky(arguments) if arguments.submit == "sky" else submit_to_slurm(arguments)
+
+
+def submit_to_sky(arguments: argparse.Namespace) -> int:
+    """Submit one task that brings the stage up to date, after what it needs, on other machines.
+
+    What is up to date there is not known here, and is left alone there.
+    """
+    from pipeline.launch import sky
+
+    environment = dict(os.environ)  # the user's: `load` adds what holds only on this machine
+    experiment = api.load_experiment(arguments.config, *arguments.overrides)
+    root, config = Path(__file__).resolve().parents[1], Path(arguments.config).absolute()
+    lines = sky.problems(experiment, config, arguments.artifacts, root)
+    if arguments.restart and experiment.launch.sky.cluster is None:
+        lines.append(
+            "command line: with --restart every start of a managed job would drop what the one before has saved; run "
+            "on a cluster (launch.sky.cluster), or choose another name or prefix"
+        )
+    if lines:
+        raise UserError(lines)
+    words = ["-c", str(config.relative_to(root)), *flags_of_job(arguments)]
+    for flag in ("only", "force", "restart"):
+        if getattr(arguments, flag):
+            words.append(f"--{flag}")
+    content = sky.task(experiment, arguments.stage, words + arguments.overrides, arguments.artifacts)
+    text = sky.text_of(content, experiment, arguments.stage)
+    path = Path("artifacts", experiment.name, "sky", f"{arguments.stage}.yaml")
+    if arguments.dry_run:
+        print(f"# -- {path}\n{text}", end="")
+        return 0
+    return sky.launch(path, text, experiment, environment)
+
+
+def submit_to_slurm(arguments: argparse.Namespace) -> int:
+    """Submit one job per stage that is not up to date."""
     from pipeline.chain import Chain
     from pipeline.launch import slurm
     from pipeline.plan import refuse_unready
 
-    if arguments.submit is None:
-        raise UserError("command line: --dry-run shows what --submit would do; add --submit slurm")
     environment = dict(os.environ)  # the user's: `load` adds what holds only on this machine
     experiment = api.load_experiment(arguments.config, *arguments.overrides)
     stages, location = api.all_stages(), Location.of(arguments.artifacts)
@@ -94,12 +130,16 @@ def job_words(arguments: argparse.Namespace, location: Location, is_target: bool
     """
     artifacts = location.url or str(location.folder.absolute())
     words = ["-c", str(Path(arguments.config).absolute()), "--artifacts", artifacts]
-    for flag in ("override-config", "allow-elastic", "trust-remote-code", "debug"):
-        if getattr(arguments, flag.replace("-", "_")):
-            words.append(f"--{flag}")
+    words += flags_of_job(arguments)
     if arguments.force and is_target:
         words.append("--force")
     return words + arguments.overrides
+
+
+def flags_of_job(arguments: argparse.Namespace) -> list[str]:
+    """Return the flags of the command that hold for each of its stages."""
+    flags = ("override-config", "allow-elastic", "trust-remote-code", "debug")
+    return [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
 
 
 def is_dropped_by(arguments: argparse.Namespace, chain: Any, name: str) -> bool:

@@ -17,6 +17,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipeline.launch import devices
 from pipeline.store import files
 from pipeline.trackers.relay import FINISH_SECONDS, LEAVE_SECONDS, Relay
 from pipeline.trackers.run import TrackedRun
@@ -27,8 +28,8 @@ TIMES = {  # the keys of a row of timing.jsonl besides `step`; trackers show the
     "seconds": "of the step: forward, backward and update (ppo: sampling too), without evaluation and checkpoints",
     "tokens": "in the step's batch, without padding, over all processes (ppo: of its episodes, prompts included)",
     "tokens_per_second": "tokens / seconds",
-    "memory_gb": "peak memory of rank 0 in 10⁹ bytes: of the GPU since the stage began, or without a GPU of the "
-    "process since the command began",
+    "memory_gb": "peak memory of rank 0 in 10⁹ bytes: of the GPU since the stage began (of Apple's, what torch holds), "
+    "or without a GPU of the process since the command began",
 }
 
 
@@ -333,16 +334,10 @@ def format_number(value: Any) -> str:
     return f"{value:.2e}"
 
 
-def torch_on_gpu() -> Any:
-    """Return torch if this process computes on a GPU, otherwise None; never import it."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-
 def reset_peak_memory() -> None:
     """Start measuring the GPU's peak memory again: the stages of one command share a process."""
-    if (torch := torch_on_gpu()) is not None:
-        torch.cuda.reset_peak_memory_stats()
+    if (kind := devices.in_use()) != "cpu":
+        devices.reset_peak(kind)
 
 
 def memory_gb() -> float:
@@ -351,8 +346,10 @@ def memory_gb() -> float:
     On a GPU it is the GPU's since `reset_peak_memory`, otherwise the main memory since the process
     began.
     """
-    if (torch := torch_on_gpu()) is not None:
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    kind = devices.in_use()
+    held = None if kind == "cpu" else devices.peak(kind)
+    if held is not None:
+        return round(held / 1e9, 3)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, elsewhere in KiB

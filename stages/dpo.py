@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data import sources
 from data.group_rows import count_pairs, has_pair, part_of
 from data.groups import GroupBatch, PromptGroup, batch_groups
+from data.labels import LabelledGroups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
 from stages.models.adapters import with_adapter
@@ -46,7 +47,8 @@ from stages.shared.runtime import (
     with_accelerator,
 )
 from stages.shared.show import show_samples
-from stages.training.batching import GroupBatches, group_order
+from stages.training.batching import GroupBatches, group_order, micro_batches
+from stages.training.kto import KTO, Marks, count_marks, weight_note
 from stages.training.loop import Task, fit
 from stages.training.reference import Reference
 from stages.training.session import session_of
@@ -64,6 +66,8 @@ class Counts:
     """Those that have a usable pair; the others have ties only."""
     tokens: float
     """Tokens of the responses that were put first (`tokens_first`)."""
+    marks: Marks
+    """Judgements of single responses, with kto only; otherwise 0."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Objective:
     """How the stage computes."""
     ties: TieModel | None = None
     """The loss that counts ties; None where ties are left out."""
+    kto: KTO | None = None
+    """The loss on single responses; None for all others."""
 
     def micro_batch(
         self, groups: Sequence[PromptGroup], reference: Sequence[Tensor], whole: Counts
@@ -100,6 +106,8 @@ class Objective:
         with accelerator.autocast():
             logprobs = response_logprobs(self.policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
+        if self.kto is not None:
+            return self.kto.share(groups, logps, ref_logps, whole.marks)
         parts, tied = {}, {}
         for name in config.losses():
             if name in TIE_LOSSES:
@@ -125,13 +133,18 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
     limit = LengthLimit(config.max_length, config.on_too_long, "dpo")
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
-    with_ties = any(name in TIE_LOSSES for name in config.loss_type)
-    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties)
-    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties)
-    pairs = f"{count_pairs(groups)} pairs{tie_note(report.ties, with_ties)}"
+    with_ties, by_label = any(name in TIE_LOSSES for name in config.loss_type), "kto" in config.loss_type
+    groups, report = load_groups(rankings / "train.jsonl", tokenizer, limit, cache, with_ties, by_label)
+    held, held_report = load_groups(rankings / "validation.jsonl", tokenizer, limit, cache, with_ties, by_label)
+    if by_label:
+        groups, held = LabelledGroups(groups), LabelledGroups(held)
+        marks = count_marks(groups)
+        learnt = f"{marks.good} good and {marks.bad} bad responses{weight_note(marks, config.label_weights())}"
+    else:
+        learnt = f"{count_pairs(groups)} pairs{tie_note(report.ties, with_ties)}"
     report += held_report
     steps = total_steps(config, len(groups))
-    session.say(f"{report.line('rankings')}; {pairs}; {len(held)} rankings held out; {steps} steps")
+    session.say(f"{report.line('rankings')}; {learnt}; {len(held)} rankings held out; {steps} steps")
     if provenance.model.peft is not None:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
@@ -155,22 +168,31 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     reference = Reference(policy, pad_id, runtime, ctx.cache, made_by, session.tracker, leave)
     ref_logps = dict(zip(drawn, reference.logps("train", cut(part_of(groups, drawn))), strict=True))
     held_ref_logps = reference.logps("validation", cut(held))
+    kto = KTO(config, policy, pad_id, runtime, cut) if by_label else None
+    estimate_kl = kto and kto.estimator(reference, "train", groups, list(micro_batches(order, batch_size)))
+    held_rows = range(len(held))
+    estimate_held_kl = kto and kto.estimator(reference, "validation", held, [held_rows])
 
     # 2 train
-    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device)
+    ties = tie_model(config, config.loss_type, groups, [held], runtime.accelerator.device, policy)
     trainee = trainee_of(config, policy, steps, **learned_ties(config, ties))
     say_written(session, provenance, [policy], [policy], steps, sets=int(config.keep == "best"))
-    objective = Objective(config, policy, pad_id, runtime, ties)
+    objective = Objective(config, policy, pad_id, runtime, ties, kto)
     paired = has_pair(groups)
     shown = [r.prompt for r in sources.load("rankings", replace(published(rankings / "validation.jsonl"), limit=4))]
 
     def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        whole = Counts(len(batch), sum(paired[i] for i in batch), sum(tokens_first(groups[i]) for i in batch))
+        whole = counts_of(batch, groups, paired, by_label)
         return objective.micro_batch([groups[i] for i in rows], [ref_logps[i] for i in rows], whole)
 
     def samples() -> list[dict]:
         with runtime.accelerator.autocast():
             return show_samples(policy, tokenizer, shown, seed=ctx.seed, response_length=config.sample_tokens)
+
+    def evaluate_held(poll: Callable[[], None]) -> dict[str, float]:
+        if estimate_held_kl is not None:
+            estimate_held_kl(held_rows, poll)
+        return evaluate(objective, cut(held), held_ref_logps, poll)
 
     batches = cut(groups)
     task = Task(
@@ -179,8 +201,9 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
         costs=batches.tokens,
         cut=batches.to_train,
         loss=loss,
-        evaluate=partial(evaluate, objective, cut(held), held_ref_logps),
+        evaluate=evaluate_held,
         samples=samples,
+        prepare=estimate_kl,
     )
     figures = fit(
         session,
@@ -232,7 +255,7 @@ def evaluate(
         poll: Called between two forward passes; may raise Interrupted.
     """
     groups, sums = batches.groups, {}
-    whole = Counts(len(groups), sum(has_pair(groups)), sum(map(tokens_first, groups)))
+    whole = counts_of(range(len(groups)), groups, has_pair(groups), objective.kto is not None)
     parts, costs = batches.to_evaluate()
     spare = parts[0] if is_sharded(objective.policy) else None
     for rows, is_own in parallel.padded_micro_batches(parallel.rows_of_this_rank(parts, costs), spare):
@@ -244,6 +267,20 @@ def evaluate(
                 sums[key] = sums.get(key, 0.0) + value
     figures = parallel.all_reduce_figures(sums)
     return figures | (objective.ties.figures() if objective.ties else {})
+
+
+def counts_of(batch: Sequence[int], groups: Sequence[PromptGroup], paired: Sequence[bool], by_label: bool) -> Counts:
+    """Count what a batch is divided by.
+
+    Args:
+        batch: Indices of its groups.
+        groups: All groups.
+        paired: Whether each has a usable pair.
+        by_label: Whether single responses are counted.
+    """
+    members = [groups[i] for i in batch]
+    marks = count_marks(members) if by_label else Marks(0, 0)
+    return Counts(len(members), sum(paired[i] for i in batch), sum(map(tokens_first, members)), marks)
 
 
 def loss_of(

@@ -42,6 +42,7 @@ from stages.models.adapters import AdapterSettings, unwrapped, with_adapter
 from stages.models.families import is_own_head, off_the_gpu
 from stages.models.forward import response_scores
 from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
+from stages.models.precision import require_finite
 from stages.models.same_tokenizer import check_same_tokenizer
 from stages.models.sharding import gather_tensors, publishable
 from stages.scorers.scorer import ScoreRequest
@@ -132,13 +133,13 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source)
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
-    # without rankings in the config, the embedded world's labelers ranked: then tasks are known
     world = World.from_json(read_world(ctx.inputs)) if "world" in ctx.inputs else None
     cache = RowCache(ctx.cache, source, session.tracker, partial(session.leave_if_requested, 0, 0))
     data = load_data(
         config, tokenizer, ctx.inputs["rankings"], ctx.source("demonstrations"), world, cache, session.notes
     )
     held, steps = data.held_out, total_steps(config, len(data.groups))
+    check_new_rows(ctx.manifests, provenance.model.peft and provenance.model.peft.method, tokenizer)
     names = reward_models(ctx.experiment, has_judge=len(data.judge) > 0)
     plan = [judge_steps(steps, data) if name == JUDGE else steps for name in names]
     session.say(plan_line(data, plan, names))
@@ -152,7 +153,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
         model = place_model(make, runtime, config.max_length)
         groups = data.judge if name == JUDGE else data.groups
-        ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device)
+        ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device, model)
         ctx.confirm_folders()
         trainee = trainee_of(config, model, plan[k], config.head_learning_rate, **learned_ties(config, ties))
         if k == 0:
@@ -219,7 +220,7 @@ def load_data(
         tokenizer: The tokenizer with its chat template.
         rankings: The artifact folder of the stage rankings.
         demonstrations: Where the demonstrations are.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it: it knows the tasks of its prompts.
         cache: Where encoded rankings are kept.
         notes: Where it is said what is not taken of the data.
     """
@@ -368,6 +369,26 @@ def member_seed(seed: int, k: int) -> int:
     return derive_seed(seed, "member", k) if k else seed
 
 
+def check_new_rows(manifests: dict[str, dict], method: str | None, tokenizer: Any) -> None:
+    """Check that no adapter is trained on a base of rm's own whose new rows nothing has trained.
+
+    Args:
+        manifests: Of the upstream stages; rm_base is there only where rm starts from it as it is.
+        method: Of the adapter; None: all weights train.
+        tokenizer: Gives the tokens' names.
+
+    Raises:
+        UserError: There are such rows.
+    """
+    new = manifests.get("rm_base", {}).get("metrics", {}).get("new_tokens", [])
+    if new and method is not None:
+        tokens = ", ".join(tokenizer.convert_ids_to_tokens(new[:8]))
+        raise UserError(
+            f"rm.base.sft: false leaves the new rows of {tokens} random, which {method} does not train in rm; set it "
+            f"to true, or rm.peft: full"
+        )
+
+
 def make_model(
     source: Path, runtime: Runtime, adapter: AdapterSettings, seed: int, start: str | None = None
 ) -> nn.Module:
@@ -404,9 +425,9 @@ def clusters_of(validation: list[Ranking], world: World | None) -> dict[str, str
 
     Args:
         validation: The held-out rankings.
-        world: The embedded world, where its labelers ranked.
+        world: The embedded world, where the stage reads it; rankings may be of other prompts.
     """
-    if world is None:
+    if world is None or not all(world.knows(r.prompt) for r in validation):
         return {r.id: prompt_key(r.prompt) for r in validation}
     return {r.id: str(world.task(r.prompt)) for r in validation}
 
@@ -472,6 +493,7 @@ def demonstration_mean(
     prompts, responses = zip(*pairs, strict=True)
     scorer = ranker.scorer(batch_size=4 * config.per_device_train_batch_size)
     scores = scorer.score(ScoreRequest(prompts, responses, tokenizer)).total
+    require_finite(scores, "rm: scores of demonstrations")
     return scores.double().mean().item()
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.stage import Source, StageRun
 from pipeline.store.checkpoints import Checkpoint
-from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
+from stages.models.adapters import AdapterSettings, refuse_untrained, trainable_parameters, with_adapter
 from stages.models.control_tokens import control_ids_of
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.soft_prompts import soft_prompt_of
@@ -71,6 +71,7 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     session, runtime, provenance = session_of(ctx), runtime_of(ctx), provenance_of(ctx)
     check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    refuse_untrained(new_tokens_of(provenance), adapter_settings(provenance.model).method, tokenizer)
     fraction = ctx.experiment.data.validation_fraction
     given = Given(
         source=ctx.source("demonstrations"),
@@ -166,6 +167,7 @@ def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSett
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
     check_context(session, config, source, ahead=prefix_tokens(ctx.experiment, "sft"))
     tokenizer = load_tokenizer(source, trust_remote_code=runtime.trust_remote_code)
+    refuse_untrained(new_tokens_of(provenance), adapter_settings(provenance.model).method, tokenizer)
     fraction, limit = ctx.experiment.data.validation_fraction, LengthLimit(config.max_length, config.on_too_long, "sft")
     if provenance.model.peft is not None:
         note_default_rate(session, config)
@@ -314,10 +316,13 @@ def make_policy(source: Path, runtime: Runtime, adapter: AdapterSettings, proven
         adapter: As `adapter_settings` gives it.
         provenance: The run; base's manifest says which tokens are new.
     """
-    # tokens that base added have untrained embeddings: these train even where an adapter does
-    new_tokens = provenance.manifests["base"]["metrics"].get("new_tokens", [])
-    model = load_policy(source, **runtime.load_options())
+    model, new_tokens = load_policy(source, **runtime.load_options()), new_tokens_of(provenance)
     return with_adapter(model, adapter, seed=provenance.seed % 2**31, dropout=True, new_tokens=new_tokens)
+
+
+def new_tokens_of(provenance: Provenance) -> list[int]:
+    """Return the tokens that base added, whose random rows train even where an adapter does."""
+    return provenance.manifests["base"]["metrics"].get("new_tokens", [])
 
 
 def announce_written(

@@ -567,8 +567,8 @@ MUTANTS = [
     Mutant(
         "dpo",
         "log-probs a token, not a response",
-        "logps = sequence_logps(logprobs, batch.rows.response_mask)\n        parts",
-        "logps = sequence_logps(logprobs, batch.rows.response_mask) / batch.rows.lengths\n        parts",
+        "logps = sequence_logps(logprobs, batch.rows.response_mask)\n        if self.kto",
+        "logps = sequence_logps(logprobs, batch.rows.response_mask) / batch.rows.lengths\n        if self.kto",
     ),
     Mutant(
         "dpo",
@@ -582,12 +582,7 @@ MUTANTS = [
         "return sum(weight * len(group.responses[i]) for i, weight in group.first())",
         "return sum(map(len, group.responses))",
     ),
-    Mutant(
-        "dpo",
-        "a micro-batch's loss is divided by its own prompts",
-        "whole = Counts(len(batch), ",
-        "whole = Counts(len(rows), ",
-    ),
+    Mutant("dpo", "a batch's loss is not divided by its prompts", "return Counts(len(members), ", "return Counts(1, "),
     Mutant(
         "dpo",
         "a micro-batch's figures weigh as if all were as large",

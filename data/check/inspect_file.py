@@ -81,7 +81,7 @@ def check(
     if not tally.prompts.rows:
         return report
     tally.report(report, loaded)
-    if report.kind == "rankings" and not source.parts and not report.errors and not tally.pairs.verdicts["usable"]:
+    if report.kind == "rankings" and not source.parts and not report.errors and not tally.pairs.usable():
         counts = ", ".join(f"{number} {verdict}" for verdict, number in sorted(tally.pairs.verdicts.items()))
         problem = f"not one usable pair ({counts}); at least one needs different responses with different ranks"
         report.errors.append(f"{source.name}: {problem}")

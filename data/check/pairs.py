@@ -43,6 +43,8 @@ class PairTally:
     """Whether the response that is listed first is the better one of a pair."""
     longer: Share = field(default_factory=Share)
     """Whether the longer response is the better one of a pair."""
+    labels: Counter[bool] = field(default_factory=Counter)
+    """Whether a response is good by itself → the number of such labels."""
     judgments: Judgments = field(default_factory=Judgments)
     """Who judged which pair how."""
 
@@ -59,6 +61,7 @@ class PairTally:
         """
         self.sizes[len(ranking.responses)] += 1
         self.finished.update(ranking.finished or ())
+        self.labels.update(label for label in ranking.labels or () if label is not None)
         better = []
         for i, j, verdict in judged_pairs(ranking):
             self.verdicts[verdict] += 1
@@ -75,6 +78,10 @@ class PairTally:
             if count:
                 self.equal.append((name, count))
 
+    def usable(self) -> bool:
+        """Return whether a loss can learn from any of it."""
+        return bool(self.verdicts["usable"] or self.labels)
+
     def report(self, report: Report) -> None:
         """Report K, unfinished responses, pairs, labelers and biases."""
         report.add("K", " · ".join(f"{k}: {count:,} rows" for k, count in sorted(self.sizes.items())))
@@ -87,6 +94,8 @@ class PairTally:
         if self.equal:
             others += f" · {self.verdicts['usable'] - usable:,} equal within {limit} tokens"
         report.add("pairs", f"{usable:,} usable of {self.verdicts.total():,} · {others}")
+        if self.labels:
+            report.add("labels", f"{self.labels[True]:,} good · {self.labels[False]:,} bad (dpo.loss_type: kto)")
         if self.equal:
             shown = [f"{name} ({count:,})" if count > 1 else name for name, count in self.equal[:NAMED]]
             more = f" and {len(self.equal) - NAMED:,} more rows" if len(self.equal) > NAMED else ""

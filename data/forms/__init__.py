@@ -34,7 +34,15 @@ from data.forms.messages import (
     SHAREGPT_PROMPT,
 )
 from data.forms.oasst import OASST_DEMONSTRATIONS, OASST_PROMPTS, OASST_RANKINGS
-from data.forms.plain import PROMPT_COMPLETION, PROMPT_ONLY, RANKED_RESPONSES, RULED_PROMPT, SCORED_RESPONSES, TEXT
+from data.forms.plain import (
+    LABELLED_RESPONSES,
+    PROMPT_COMPLETION,
+    PROMPT_ONLY,
+    RANKED_RESPONSES,
+    RULED_PROMPT,
+    SCORED_RESPONSES,
+    TEXT,
+)
 from data.forms.preferences import BARE_PAIR_PROMPT, PAIRS
 from data.forms.questions import NATURAL_INSTRUCTIONS, QUESTION_FORMS
 from data.forms.refused import REFUSED, why_refused
@@ -81,6 +89,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         *FEW_KEYS,
         RANKED_RESPONSES,
         SCORED_RESPONSES,
+        LABELLED_RESPONSES,
         *PAIRS,
         *MARKED_RANKINGS,
     ),

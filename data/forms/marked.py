@@ -2,7 +2,8 @@
 
 As a demonstration, a row that is marked as good teaches its answer, and the others are left out and
 counted. As rankings, the answers to one prompt are ranked together: the good ones first, the bad
-ones behind them. Prompts whose answers are all good, or all bad, say nothing then.
+ones behind them. Prompts whose answers are all good, or all bad, say nothing then; with
+`by: labels` they stay, and every answer keeps its label, which dpo's loss kto learns from.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,16 +16,18 @@ from data.forms.messages import CONVERSATION_DEMONSTRATION, MESSAGES_DEMONSTRATI
 from data.forms.plain import PROMPT_COMPLETION
 from data.forms.questions import QUESTION_FORMS
 from data.parsing import describe
-from data.records import prompt_key
+from data.records import prompt_key, ranks_of_labels
 
 NAME = "KTO"
+BY = ("ranks", "labels")
+"""What the marks make: ranks alone, or labels too."""
 MARKS = ("label", "kto_tag")
 """Keys of the mark, the first that a row has."""
 GOOD = ("true", "1", "good", "desirable", "chosen", "positive", "yes", "up", "upvote", "thumbs_up", "thumbsup", "like")
 BAD = ("false", "0", "-1", "bad", "undesirable", "rejected", "negative", "no", "down", "downvote", "thumbs_down",
        "thumbsdown", "dislike")  # fmt: skip
 IS_BAD = "an answer that is marked as bad ({} false)"
-ONE_SORT = "an answer to a prompt whose answers are all marked as {}: no preference"
+ONE_SORT = "an answer to a prompt whose answers are all marked as {}: no preference (by: labels keeps it)"
 
 
 def mark_of(value: object, key: str) -> bool:
@@ -123,14 +126,16 @@ def rankings_of(
             continue
         (answers.good if good else answers.bad).append(demonstration["completion"])
     for answers in prompts.values():
-        if not answers.good or not answers.bad:
+        labels = [True] * len(answers.good) + [False] * len(answers.bad)
+        if options.by != "labels" and (not answers.good or not answers.bad):
             reason = ONE_SORT.format("good" if answers.good else "bad")
             for _ in answers.good + answers.bad:
                 yield answers.location, LeftOut(reason)
             continue
-        ranks = [1] * len(answers.good) + [len(answers.good) + 1] * len(answers.bad)
         about = {name: answers.row[name] for name in ("user_id", "kind") if name in answers.row}
-        ranking = {"prompt": answers.prompt, "responses": answers.good + answers.bad, "ranks": ranks, **about}
+        about |= {"labels": labels} if options.by == "labels" else {}
+        responses, ranks = answers.good + answers.bad, ranks_of_labels(labels)
+        ranking = {"prompt": answers.prompt, "responses": responses, "ranks": ranks, **about}
         yield answers.location, ranking
 
 
@@ -164,7 +169,7 @@ def rankings_form(base: Form, key: str) -> Form:
         key: The key of the mark.
     """
     marked = demonstrations_form(base, key)
-    return replace(marked, convert=alone, gather=partial(rankings_of, base, key))
+    return replace(marked, convert=alone, gather=partial(rankings_of, base, key), by=BY)
 
 
 BASES = (

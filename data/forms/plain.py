@@ -1,13 +1,14 @@
 """Convert rows of our own forms.
 
-They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}.
+They are {text}, {prompt}, {prompt, completion} and {prompt, responses, ranks}; scores or labels may
+stand in place of ranks.
 """
 
 from data.forms.form import Form, Options
 from data.forms.messages import LIST_OF_MESSAGES, SYSTEM_KEYS, Messages, from_text, read_messages, read_prompt
 from data.forms.scores import ranks_of_scores
-from data.parsing import check_scores, describe, parse_list
-from data.records import as_messages
+from data.parsing import check_labels, check_scores, describe, parse_list
+from data.records import as_messages, ranks_of_labels
 
 RANKING_KEYS = ("id", "labeler", "margin", "finished")
 """Keys that a ranking of any form may have."""
@@ -72,13 +73,22 @@ def scored_ranking_of(row: dict, options: Options) -> dict:
     return {**ranking_of(row, options), "ranks": ranks_of_scores(scores, options.tie_within)}
 
 
+def labelled_responses_of(row: dict, options: Options) -> dict:
+    """Make ranks of labels: good responses are ranked first, bad ones behind them."""
+    labels = check_labels(parse_list(row, "labels"), len(parse_list(row, "responses")))
+    return {**ranking_of(row, options), "ranks": ranks_of_labels(labels)}
+
+
 TEXT = Form(("text",), (), text_of)
 PROMPT_COMPLETION = Form(("prompt", "completion"), (*SYSTEM_KEYS, "learnt"), completion_of)
 RANKED_RESPONSES = Form(
-    ("prompt", "responses", "ranks"), (*RANKING_KEYS, "scores", *SYSTEM_KEYS), ranking_of, strict=True
+    ("prompt", "responses", "ranks"), (*RANKING_KEYS, "scores", "labels", *SYSTEM_KEYS), ranking_of, strict=True
 )
 SCORED_RESPONSES = Form(
-    ("prompt", "responses", "scores"), (*RANKING_KEYS, *SYSTEM_KEYS), scored_ranking_of, strict=True
+    ("prompt", "responses", "scores"), (*RANKING_KEYS, "labels", *SYSTEM_KEYS), scored_ranking_of, strict=True
+)
+LABELLED_RESPONSES = Form(
+    ("prompt", "responses", "labels"), (*RANKING_KEYS, *SYSTEM_KEYS), labelled_responses_of, strict=True
 )
 PROMPT_ONLY = Form(("prompt",), SYSTEM_KEYS, prompt_of)
 RULED_PROMPT = Form(("data_source", "prompt", "reward_model"), SYSTEM_KEYS, prompt_of, name="verl")

@@ -17,7 +17,7 @@ from data.prepare.prefixes import Prefixes, comparable_text
 from data.prepare.settings import DOCUMENTS, TRAINING_PARTS, Settings
 from data.prepare.split import filled_parts, part_of_user, parts_of_kind
 from data.prepare.spool import PROTECTED, UNREAD, Row, Spool, texts_of, with_texts
-from data.records import Ranking, judged_pairs, prompt_key
+from data.records import Ranking, is_usable, prompt_key
 
 SPLIT_KINDS = ("demonstrations", "rankings", "prompts", "evaluation_prompts")
 """Kinds that are split by user."""
@@ -279,11 +279,12 @@ def masked_row(row: Row, finds: dict[str, list[Find]]) -> Row:
 
 
 def has_usable_pair(value: dict) -> bool:
-    """Return whether a ranking still has two different responses of different ranks.
+    """Return whether a ranking still has two different responses of different ranks, or a label.
 
     Args:
         value: The ranking as JSON.
     """
     finished = None if value.get("finished") is None else tuple(value["finished"])
-    ranking = Ranking(value["id"], value["prompt"], tuple(value["responses"]), tuple(value["ranks"]), finished=finished)
-    return any(verdict == "usable" for *_, verdict in judged_pairs(ranking))
+    labels = None if value.get("labels") is None else tuple(value["labels"])
+    responses, ranks = tuple(value["responses"]), tuple(value["ranks"])
+    return is_usable(Ranking(value["id"], value["prompt"], responses, ranks, finished=finished, labels=labels))

@@ -23,7 +23,7 @@ from data.error_lines import shorten
 from data.files.reading import Reading
 from data.forms import recognise
 from data.progress import Watch, unwatched
-from data.records import Demonstration, Document, Prompt, Ranking, Record, judged_pairs, prompt_key, write_jsonl
+from data.records import Demonstration, Document, Prompt, Ranking, Record, is_usable, prompt_key, write_jsonl
 from data.tools.inputs import Opened, open_inputs
 from pipeline.errors import UserError
 
@@ -139,7 +139,7 @@ class Writing:
                 for converted in self._converted(record):
                     self.written += 1
                     if isinstance(converted, Ranking) and not usable:
-                        usable = any(verdict == "usable" for *_, verdict in judged_pairs(converted))
+                        usable = is_usable(converted)
                     yield converted
             errors += one.loaded.errors
         if errors:

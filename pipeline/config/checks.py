@@ -6,9 +6,11 @@ return whole lines "section.key: what is wrong; what to do".
 
 import glob
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.section import Section
 from pipeline.config.sections import (
     AXES,
     KINDS,
@@ -38,6 +40,9 @@ SOFT = ("prompt_tuning", "p_tuning")
 # Adapter settings → the methods that have them; others refuse all but the default.
 LOW_RANK = ("lora", "dora", "qlora", "adalora")
 OF_METHODS: dict[str, tuple[str, ...]] = {
+    "r": LOW_RANK,
+    "lora_alpha": LOW_RANK,
+    "lora_dropout": LOW_RANK,
     "target_modules": LOW_RANK,
     "init_r": ("adalora",),
     "bits": ("qlora",),
@@ -201,9 +206,9 @@ def check_common(experiment: Common) -> list[str]:
         *shots_problems(experiment),
         *head_problems(model),
         *adapter_problems(model),
-        *strategy_problems(experiment),
         *axis_problems(experiment),
         *attention_problems(model),
+        *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
     ]
 
@@ -350,12 +355,6 @@ def expression_problem(text: str) -> str:
     return ""
 
 
-def strategy_problems(experiment: Common) -> list[str]:
-    """Return a line if the adapter method cannot be sharded as launch.strategy asks."""
-    peft, strategy = experiment.model.peft, experiment.launch.strategy
-    return [] if peft is None else sharding_problems(peft, strategy, "model.peft")
-
-
 def axis_problems(experiment: Common) -> list[str]:
     """Return a line for each axis of parallelism that the processes or the adapter do not allow."""
     launch, lines = experiment.launch, []
@@ -393,34 +392,6 @@ def cut_adapter_problems(experiment: Common, peft: PeftSettings, place: str) -> 
     ]
 
 
-def sharding_problems(peft: PeftSettings, strategy: str, place: str) -> list[str]:
-    """Return a line if an adapter method cannot be sharded.
-
-    Args:
-        peft: The settings of the adapter.
-        strategy: launch.strategy.
-        place: As of `peft_problems`.
-    """
-    if strategy != "fsdp2":
-        return []
-    if peft.method == "adalora":
-        return [
-            f"launch.strategy: fsdp2 shards each weight by rows, and adalora needs whole weights to compare ranks; use "
-            f"ddp, or {place}.method: lora"
-        ]
-    if peft.method == "qlora":
-        return [
-            f"launch.strategy: fsdp2 shards float weights by rows, and qlora's weights are packed bytes that share "
-            f"scales; use ddp, or {place}.method: lora"
-        ]
-    if peft.method == "prefix_tuning":
-        return [
-            f"launch.strategy: fsdp2 shards layer by layer, and a prefix is one weight for all layers; use ddp, or "
-            f"{place}.method: houlsby"
-        ]
-    return []
-
-
 def attention_problems(model: ModelSettings) -> list[str]:
     """Return a line if the attention kernel does not support the precision."""
     if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
@@ -429,6 +400,39 @@ def attention_problems(model: ModelSettings) -> list[str]:
             "sdpa"
         ]
     return []
+
+
+def apple_problems(experiment: Common) -> list[str]:
+    """Return a line for each setting, of whatever section, that Apple's GPU (mps) cannot do."""
+    lines, launch = [], experiment.launch
+    if launch.processes * launch.nodes > 1:
+        lines.append(
+            f"launch.processes: {launch.processes * launch.nodes} in all, and Apple's GPU (mps) takes one, since "
+            f"torch.distributed does not know it; set launch.processes: 1, or launch.device: cpu"
+        )
+    if experiment.model.attn_implementation == "flash_attention_2":
+        lines.append("model.attn_implementation: flash_attention_2 needs a CUDA GPU, and this is Apple's; use sdpa")
+    for place, section in sections_in(experiment, ""):
+        if getattr(section, "method", None) == "qlora":
+            lines.append(f"{place}.method: qlora's kernels do not run on Apple's GPU (mps); use lora")
+        if getattr(section, "engine", None) == "vllm":
+            lines.append(f"{place}.engine: vllm does not run beside Apple's GPU (mps); use transformers")
+    return lines
+
+
+def sections_in(section: Section, place: str) -> Iterator[tuple[str, Section]]:
+    """Yield all sections inside a section, each with its dotted key.
+
+    Args:
+        section: The outer section.
+        place: Its own key; "" for the whole experiment.
+    """
+    for name in type(section).model_fields:
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            key = f"{place}.{name}".removeprefix(".")
+            yield key, inner
+            yield from sections_in(inner, key)
 
 
 def tracking_problems(experiment: Common) -> list[str]:

@@ -59,7 +59,12 @@ class PeftSettings(Section):
     lora_alpha: int = setting(
         32, "adapters are scaled by lora_alpha / r (lora, dora, qlora; for adalora by lora_alpha / init_r)", ge=1
     )
-    lora_dropout: float = setting(0.0, "dropout on the input of the adapters (unused by ia3 and bitfit)", ge=0, lt=1)
+    lora_dropout: float = setting(
+        0.0,
+        "dropout on the input of the adapters in sft; the other stages compute without (lora, dora, qlora, adalora)",
+        ge=0,
+        lt=1,
+    )
     init_r: int | None = setting(
         None, "rank that adalora starts with before it prunes; null: 1.5 × r, rounded up", ge=1
     )
@@ -163,14 +168,15 @@ class ModelSettings(Section):
     intermediate_size: int = setting(384, "width of the feed-forward layers, from scratch", ge=1)
     max_position_embeddings: int = setting(512, "context length, from scratch", "tokens", ge=2)
     vocab_size: int = setting(1024, "largest vocabulary of the tokenizer trained from scratch", "tokens", ge=8)
-    dtype: Literal["float32", "bfloat16", "auto"] = setting(
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "float32",
-        "precision of the computation; auto: bfloat16 where the hardware supports it. Trained weights stay in float32",
+        "precision of the computation; float16: with a gradient scaler, for GPUs without bfloat16 (V100, T4); auto: "
+        "bfloat16 where the hardware has it, float16 on other CUDA GPUs, else float32. Trained weights stay in float32",
     )
-    publish_dtype: Literal["bfloat16", "as_given"] | None = setting(
+    publish_dtype: Literal["bfloat16", "float16", "as_given"] | None = setting(
         None,
-        "precision of published weights. bfloat16 halves the size of a folder, and rounds the weights that the next "
-        "stage starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
+        "precision of published weights. 16 bits halve the size of a folder, and round the weights that the next stage "
+        "starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
         "precision of the model in name_or_path; null or float32: float32",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention kernel")
@@ -374,6 +380,34 @@ class SlurmSettings(Section):
     options: list[str] = setting([], "further options for sbatch, such as --qos=long")
 
 
+class SkySettings(Section):
+    """Choose the machines that `rlhf run --submit sky` asks SkyPilot for."""
+
+    infra: str | None = setting(
+        None, "where the machines are, as SkyPilot names it: aws, gcp/us-central1, k8s; null: where it is cheapest"
+    )
+    accelerators: str | None = setting(
+        None, "GPUs of each machine, such as H100:8; launch.processes should be the same number"
+    )
+    use_spot: bool = setting(False, "take machines that may be taken away, for less money")
+    cluster: str | None = setting(
+        None, "run on this cluster (`sky launch -c`); null: as a managed job, which SkyPilot starts again when needed"
+    )
+    max_restarts: int = setting(3, "how often a managed job that failed is started again", ge=0)
+    volumes: dict[str, str] = setting(
+        {}, "SkyPilot volumes by where they are mounted, such as {/mnt/rlhf: my-volume}; checkpoints survive there"
+    )
+    secrets: list[str] = setting(
+        [], "environment variables whose values are handed on, such as [HF_TOKEN]; the task holds only their names"
+    )
+    setup: list[str] | None = setting(
+        None, "shell lines that prepare a new machine; null: lines that install this project from constraints.txt"
+    )
+    resources: dict[str, Any] = setting(
+        {}, "further keys of SkyPilot's resources, such as {disk_size: 500, image_id: 'docker:ghcr.io/me/rlhf'}"
+    )
+
+
 class VllmSettings(Section):
     """Choose how vLLM runs (used where `rollout.engine` is vllm: ppo, rankings, evaluate, chat)."""
 
@@ -421,7 +455,11 @@ AXES = ("tensor_parallel", "context_parallel")
 class LaunchSettings(Section):
     """Choose devices, threads and processes."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compute on; auto: cuda if available")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto",
+        "device to compute on; cuda: NVIDIA's GPUs, and AMD's with a ROCm build of torch; mps: Apple's GPU; auto: the "
+        "first of cuda, mps and cpu that is there",
+    )
     threads: int | None = setting(
         None, "CPU threads of each process; null: all cores, divided among the processes", ge=1
     )
@@ -449,8 +487,9 @@ class LaunchSettings(Section):
         "whose activations are too large for one device; null: 1",
         ge=1,
     )
-    nodes: int = setting(1, "number of machines with that many processes each; for --submit slurm", ge=1)
+    nodes: int = setting(1, "number of machines with that many processes each; for --submit", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
+    sky: SkySettings = setting(SkySettings(), "what --submit sky asks SkyPilot for")
     vllm: VllmSettings = setting(VllmSettings(), "where and how vLLM runs")
     timeout: float = setting(
         600, "how long a process waits for another process, or for vLLM, before it gives up", "seconds", gt=0

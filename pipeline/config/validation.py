@@ -32,7 +32,7 @@ RENAMED = {
     "logging_steps": "leave it out, every step is logged",
     "tokenizer": "leave it out, the tokenizer is the one in the model's folder",
     "past_index": "leave it out, models keep no state between batches here",
-    "use_mps_device": "use launch.device, which knows cpu and cuda",
+    "use_mps_device": "use launch.device: mps, or auto",
     "tpu_num_cores": "leave it out, TPUs are not supported; see launch.device",
     "eval_batch_size": "leave it out, held-out rows use per_device_train_batch_size",
     "per_device_eval_batch_size": "leave it out, held-out rows use per_device_train_batch_size",

@@ -4,8 +4,11 @@ import logging
 import os
 from typing import Any
 
+from pipeline.config.checks import apple_problems
 from pipeline.config.sections import names_hub
 from pipeline.errors import UserError
+from pipeline.launch import devices
+from pipeline.launch.processes import rank_and_size_from_environment
 
 DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, transformers, datasets and trl all read this one
@@ -27,6 +30,7 @@ DEFAULTS = {
     # 12 ×
     "GOMP_SPINCOUNT": "1000",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS gives repeatable results only with a fixed workspace
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # what Apple's GPU does not compute, torch computes on the CPU
 }
 
 
@@ -59,8 +63,13 @@ def set_environment(tree: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     else:
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        share = max(1, len(os.sched_getaffinity(0)) // processes_here)
+        share = max(1, usable_cores() // processes_here)
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; where the system has no affinity, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
@@ -94,7 +103,8 @@ def prepare(experiment: Any) -> None:
 
     Raises:
         UserError: several nodes are asked for but this process was not started by torchrun or
-            SLURM, or there is no GPU where the config asks for one.
+            SLURM; there is no GPU where the config asks for one; or Apple's GPU, which `auto` has
+            found, cannot do what the config asks for.
     """
     if experiment.launch.nodes > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
@@ -107,17 +117,48 @@ def prepare(experiment: Any) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for the libraries' developers
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if experiment.launch.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("launch.device: cuda, and torch sees no GPU; use auto or cpu, or install a CUDA build of torch")
+    check_device(experiment)
 
 
-def facts() -> dict[str, Any]:
+def check_device(experiment: Any) -> None:
+    """Check that the device that launch.device asks for is there and can do what is asked of it.
+
+    Raises:
+        UserError: It is not, or cannot.
+    """
+    asked, dtype = experiment.launch.device, experiment.model.dtype
+    remedy = {"cuda": "install a CUDA or ROCm build of torch", "mps": "use a Mac with Apple silicon"}
+    if not devices.is_there(devices.kind_of(asked)):
+        raise UserError(f"launch.device: {asked}, and torch sees no such GPU; use auto or cpu, or {remedy[asked]}")
+    if devices.kind_of(asked) != "mps":
+        return
+    lines, (_, size) = apple_problems(experiment), rank_and_size_from_environment()
+    if size > 1 and not lines:
+        lines = [f"launch: WORLD_SIZE is {size}, and Apple's GPU (mps) takes one process; or set launch.device: cpu"]
+    if lines:
+        raise UserError(lines)
+    if dtype in ("bfloat16", "float16") and not devices.computes_in("mps", dtype):
+        raise UserError(
+            f"model.dtype: {dtype} was tried on this Apple GPU ({devices.name('mps')}), which does not compute in it; "
+            f"use auto or float32"
+        )
+
+
+def facts(device: str = "auto") -> dict[str, Any]:
     """Return the conditions that last bits of the results may depend on.
 
     These are the number of processes, threads and the device. Manifests record them, and a resumed
     run compares them.
+
+    Args:
+        device: launch.device.
     """
     import torch
 
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    return {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "threads": torch.get_num_threads(), "device": device}
+    # a GPU that launch.device: cpu leaves alone is hidden from torch, but for Apple's
+    kind = devices.kind_of("auto" if device == "cuda" else device)
+    return {
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "device": devices.name(kind),
+    }

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline.launch import devices
+from pipeline.launch.environment import usable_cores
+
 
 def describe_hardware() -> dict[str, Any]:
     """Describe processor, memory and GPUs.
@@ -15,23 +18,22 @@ def describe_hardware() -> dict[str, Any]:
         cores: how many cores this process may use.
         memory_gb: memory of the machine, or the container's limit if that is lower, in 10⁹ bytes;
             None if the system does not say.
-        devices: number of GPUs that torch sees.
+        devices: number of GPUs that torch sees; Apple's counts as one.
         device_memory_gb: memory of the first GPU in 10⁹ bytes; None without one.
     """
-    import torch
-
-    has_gpu = torch.cuda.is_available()
+    kind = devices.kind_of("auto")
+    memory = devices.total_memory(kind)
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gb": _memory_gb(),
-        "devices": torch.cuda.device_count() if has_gpu else 0,
-        "device_memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if has_gpu else None,
+        "devices": devices.count(kind),
+        "device_memory_gb": None if memory is None else round(memory / 1e9, 1),
     }
 
 
 def _cpu_name() -> str:
-    """Return the processor's model name on Linux, or else its architecture."""
+    """Return the processor's model name on Linux; elsewhere its architecture."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -41,12 +43,24 @@ def _cpu_name() -> str:
 
 def _memory_gb() -> float | None:
     """Return the machine's memory or the container's limit, whichever is lower."""
-    limits = []
+    total = total_memory()
     try:
-        match = re.search(r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        if match:
-            limits.append(int(match[1]) * 1024)
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        total = limit if total is None else min(total, limit)
     except (OSError, ValueError):  # without a limit, the file says "max"
         pass
-    return round(min(limits) / 1e9, 1) if limits else None
+    return None if total is None else round(total / 1e9, 1)
+
+
+def total_memory() -> int | None:
+    """Return the bytes of the machine's memory; None if the system does not say."""
+    try:
+        match = re.search(r"^MemTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # macOS has no /proc
+        match = None
+    if match:
+        return int(match[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

@@ -291,7 +291,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A parameter that has no gradient on any rank keeps None, so that optimizers skip it as they do
     with one process. Gradients of parameters that fsdp2 shards are left alone: it has summed them
-    already. Those of tensor parallelism are summed over the ranks that hold the same share.
+    already. Those that every process holds whole beside them are DTensors too, but unknown to it.
+    Those of tensor parallelism are summed over the ranks that hold the same share.
 
     Args:
         parameters: the same parameters on every rank, in the same order.
@@ -313,7 +314,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def is_summed_by_fsdp(parameter: Tensor) -> bool:
     """Return whether fsdp2 sums the gradient of a parameter, which it shards over the ranks."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or all(x.is_replicate() for x in parameter.placements):
         return False
     return layout().weights is None or parameter.device_mesh.mesh_dim_names != ("tensor",)
 

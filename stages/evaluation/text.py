@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from stages.models.forward import text_logprobs
 from stages.models.sharding import is_sharded
 from stages.training.batching import micro_batches
@@ -33,7 +33,7 @@ def text_losses(model: Any, rows: Sequence[list[int]], accelerator: Any, batch_s
             with accelerator.autocast():
                 logprobs = text_logprobs(model, torch.tensor(batch, device=accelerator.device))
             if is_own:
-                losses.append((-logprobs.double().mean(-1)).tolist())
+                losses.append((-devices.in_float64(logprobs).mean(-1)).tolist())
         return losses
 
     sharded = is_sharded(model)

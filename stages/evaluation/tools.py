@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from pipeline.config.sections import LaunchSettings
+from pipeline.launch import devices
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import HELD_OUT, KEPT, REWARD_MODEL, in_order
 from stages.evaluation.selecting import Selector
 from stages.models.ensemble import load_reward_model
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
+from stages.models.precision import require_finite
 from stages.objectives.rewards import final_scores
 from stages.rollouts.frozen import FrozenSampler
 from stages.scorers.reward_model import RewardModelScorer
@@ -148,7 +150,9 @@ class Tools:
         request = ScoreRequest(list(chat_ids), [answer.response for answer in answers], self.tokenizer)
         if self.text_reader is not None:
             request = replace(request, data_rows=[{"prompt": self.asked[tuple(ids)]} for ids in chat_ids])
-        return RewardModelScorer(spec).score(request).total
+        scores = RewardModelScorer(spec).score(request).total
+        require_finite(scores, "evaluate: scores of a reward model")
+        return scores
 
     def with_missing_eos(self, scores: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
         """Return the scores (B,), with `missing_eos_score` for unfinished answers if it is set."""
@@ -159,8 +163,7 @@ class Tools:
 def free_memory() -> None:
     """Give back what models that are no longer used have held; vLLM may need it."""
     gc.collect()  # a sharded model refers to itself
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    devices.empty_cache(devices.in_use())
 
 
 def load_tools(

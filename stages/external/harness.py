@@ -72,7 +72,7 @@ def evaluate_model(
         tokenizer: Its tokenizer.
         tasks: As `load_tasks` returns them; loaded again for each model, because they keep answers.
         asked: How it is asked.
-        mixed_precision: "bfloat16" to compute in it, or None.
+        mixed_precision: "bfloat16" or "float16" to compute in it, or None.
         poll: Called before each forward pass; raises if the run is to stop.
         template_kwargs: Variables of the chat template.
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.models.sharding import local_shard, shard_like, whole
+
 BETA = 0.85  # decay of both averages; β₁ and β₂ of the paper
 ORTHOGONAL = 0.1  # γ, the weight of the penalty R, a mean over all P and Q
 BEGIN, END = 0.1, 0.5  # pruning begins and ends after these shares of all steps
@@ -116,12 +118,13 @@ class AdaLora(torch.optim.AdamW):
         for p in weights:
             if p.grad is None:  # an expert that no token was routed to
                 p.grad = torch.zeros_like(p)
-        for t in self.triplets:
-            weight = ORTHOGONAL / (2 * len(self.triplets))
-            t.right.grad.add_(orthogonality_gradient(t.right), alpha=weight)
-            t.left.grad.add_(orthogonality_gradient(t.left.T).T, alpha=weight)
+        weight = ORTHOGONAL / (2 * len(self.triplets))
+        for t in self.triplets:  # a sharded one is gathered: its rows are compared with each other
+            penalties = orthogonality_gradient(whole(t.right)), orthogonality_gradient(whole(t.left).T).T
+            for p, penalty in zip((t.right, t.left), penalties, strict=True):
+                local_shard(p.grad).add_(local_shard(shard_like(p, penalty)), alpha=weight)
         # I(w), equation 8: before the step, with the weights that the gradient was computed at.
-        sensitivities = [(p * p.grad).abs() for p in weights]
+        sensitivities = [(local_shard(p) * local_shard(p.grad)).abs() for p in weights]
         super().step()  # before `watch`: Adam initialises only a state that is empty
         for group in self.param_groups:
             group["taken"] += 1
@@ -146,36 +149,40 @@ class AdaLora(torch.optim.AdamW):
 
         Args:
             weights: All weights of triplets.
-            sensitivities: Sensitivity of each, in its shape.
+            sensitivities: Sensitivity of each, in the shape of this process's share of it.
         """
         for p, sensitivity in zip(weights, sensitivities, strict=True):
             state = self.state[p]
             if "sensitivity" not in state:
                 state |= {name: torch.zeros_like(p) for name in ("sensitivity", "uncertainty")}
-            state["sensitivity"].lerp_(sensitivity, 1 - BETA)
-            state["uncertainty"].lerp_((sensitivity - state["sensitivity"]).abs(), 1 - BETA)
+            mean, spread = (local_shard(state[name]) for name in ("sensitivity", "uncertainty"))
+            mean.lerp_(sensitivity, 1 - BETA)
+            spread.lerp_((sensitivity - mean).abs(), 1 - BETA)
 
     def best(self, step: int) -> list[Tensor]:
         """Return masks of the most important triplets, as many as the budget allows.
+
+        All processes gather the same averages, and so decide alike.
 
         Args:
             step: Decides on the budget.
 
         Returns:
-            1 for the triplets that stay and 0 for the others, in the shapes of the Λ.
+            1 for the triplets that stay and 0 for the others, in the shapes of the Λ, and sharded
+            as they are.
         """
         values = [t.values for t in self.triplets]
         budget = budget_at(step, self.steps, sum(map(len, values)), self.rank * len(values))
 
         def score(p: nn.Parameter) -> Tensor:
             """Return the scores of a parameter's entries (equation 11)."""
-            return self.state[p]["sensitivity"] * self.state[p]["uncertainty"]
+            return whole(self.state[p]["sensitivity"] * self.state[p]["uncertainty"])
 
         importance = importances([(score(t.left), score(t.values), score(t.right)) for t in self.triplets])
         kept = torch.zeros_like(importance)
         kept[importance.argsort(descending=True, stable=True)[:budget]] = 1.0
         masks = kept.split([len(p) for p in values])
-        return [mask.view_as(p) for mask, p in zip(masks, values, strict=True)]
+        return [shard_like(p, mask.view(p.shape)) for mask, p in zip(masks, values, strict=True)]
 
 
 def adamw_for(model: nn.Module, steps: int | None) -> tuple[type[torch.optim.AdamW], dict]:

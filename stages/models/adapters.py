@@ -132,7 +132,7 @@ def with_adapter(
         refuse_untied(unwrapped(model))
     if settings.start is not None:
         start_from(model, settings.start)
-    if new_tokens:
+    if getattr(config, "trainable_token_indices", None):
         check_token_rows(unwrapped(model))
     return (model if dropout else without_dropout(model)).eval()
 
@@ -273,15 +273,16 @@ def refuse_untrained(new_tokens: Sequence[int], method: str | None, tokenizer: A
         )
 
 
-def token_rows(inner: nn.Module, new_tokens: Sequence[int]) -> dict[str, list[int]] | None:
+def token_rows(inner: nn.Module, new_tokens: Sequence[int], saved: Sequence[str] = ()) -> dict[str, list[int]] | None:
     """Return peft's `trainable_token_indices` for the embedding and the head of a causal model.
 
     Args:
         inner: The causal model.
         new_tokens: Ids whose rows should train.
+        saved: Whole names of the modules that train in full, and so with these rows.
 
     Returns:
-        Name of a layer: the ids; None without new tokens.
+        Name of a layer: the ids; None without new tokens, or where all rows train anyway.
     """
     if not new_tokens:
         return None
@@ -289,7 +290,7 @@ def token_rows(inner: nn.Module, new_tokens: Sequence[int]) -> dict[str, list[in
     if ends[1] is None or ends[1].weight is ends[0].weight:  # tied: peft ties the two adapters
         ends = ends[:1]
     names = {id(module): name for name, module in inner.named_modules()}
-    return {names[id(end)]: list(new_tokens) for end in ends}
+    return {names[id(end)]: list(new_tokens) for end in ends if names[id(end)] not in saved} or None
 
 
 def trains_token_rows(model: nn.Module) -> bool:
@@ -317,6 +318,8 @@ def check_token_rows(inner: nn.Module) -> None:
     ids = torch.arange(min(4, inner.config.get_text_config().vocab_size), device=embedding.weight.device)
     hidden = torch.randn(4, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
     for end, x in ((embedding, ids), (head, hidden)):
+        if hasattr(end, "modules_to_save"):  # trains in full
+            continue
         try:
             same = hasattr(end, "token_adapter") and torch.equal(end(x), end.token_adapter.get_base_layer()(x))
         except ValueError:  # the layer also has an adapter
@@ -422,7 +425,7 @@ def adapter_config(
     if method == "qlora":
         assert settings.bits is not None
         quantize(model, settings.bits, saved)
-    rows = token_rows(model, [] if trains_ends(model, saved) else new_tokens)
+    rows = token_rows(model, [] if trains_ends(model, saved) else new_tokens, saved)
     if settings.use_rslora:
         options["use_rslora"] = True
     return LoraConfig(r=settings.r, use_dora=method == "dora", trainable_token_indices=rows, **options)

@@ -1,5 +1,6 @@
 """Merge an adapter that somebody has trained elsewhere into the model that it was trained on."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import UserError
+from stages.models.adapter_folder import is_adapter_folder
 from stages.models.adapters import is_adapted
 
 PLACE = "model.adapter"
 IN_FRONT = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 """peft's types that put vectors before a text, and change no weight."""
+HARMLESS = ("unsloth_fixed",)
+"""Entries of other programs in adapter_config.json that change no number."""
 KEEPS_BASE = (True, False, None, "gaussian", "eva")
 """Values of init_lora_weights under which an adapter belongs on the untouched base model."""
 
@@ -98,7 +102,18 @@ def check_kind(config: dict[str, Any], folder: Path) -> None:
     Raises:
         UserError: It does not.
     """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     kind, task = config["peft_type"], config.get("task_type")
+    if is_adapter_folder(folder):
+        raise UserError(
+            f"{PLACE}: {folder} is a whole model with its adapter; name it in model.name_or_path, and leave {PLACE} out"
+        )
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if known is None:
+        raise UserError(
+            f"{PLACE}: {folder} is of a type that the installed peft does not have ({kind}); merge it with its own tool"
+        )
     if kind in IN_FRONT:
         raise UserError(f"{PLACE}: {folder} is {kind}, which cannot be merged into weights; take one that can, as LoRA")
     if task not in (None, "CAUSAL_LM"):
@@ -110,6 +125,12 @@ def check_kind(config: dict[str, Any], folder: Path) -> None:
         raise UserError(
             f"{PLACE}: {folder} belongs on weights that its start ({start}) had changed, not on the base model; save "
             f"it with peft's path_initial_model_for_weight_conversion"
+        )
+    fields = {field.name for field in dataclasses.fields(known)}
+    if odd := sorted(name for name, value in config.items() if value and name not in {*fields, *HARMLESS}):
+        raise UserError(
+            f"{PLACE}: {folder}/adapter_config.json has settings that the installed peft does not know and would leave "
+            f"out ({', '.join(odd)}); update peft, or merge the adapter with the version that saved it"
         )
 
 

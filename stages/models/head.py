@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Logits at a time. On a CPU 24 MB: from 32 MB on, malloc maps new pages for each allocation.
-CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26}
+CHUNK = {"cpu": 6 * 2**20, "cuda": 2**26, "mps": 2**26}
 KEPT = 2**26  # log-probabilities kept for the backward pass: 256 MB
 EXCLUDED = -1e9  # logit of a token left out: its probability is exactly 0, and its product with the logarithm too
 

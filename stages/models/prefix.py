@@ -50,6 +50,10 @@ class CurrentPrefix:
         """Return an empty one, which the modules of a copied model share."""
         return memo.setdefault(id(self), CurrentPrefix())
 
+    def __reduce__(self) -> tuple[type["CurrentPrefix"], tuple]:
+        """Travel empty to another process: every pass computes its own."""
+        return CurrentPrefix, ()
+
 
 def add_prefix(
     model: nn.Module, tokens: int, *, projection: bool = False, hidden_size: int | None = None, seed: int = 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.launch.parallel import is_rank_zero
 from stages.models.adapter_folder import BASE, method_in, without_adapter, write_adapter
 from stages.models.families import original_routers
@@ -64,8 +65,8 @@ def save_model(
         card: Text of README.md.
         temperature: Of a policy, the sampling temperature that it was trained at; `generate` then
             uses it. None: the model's original sampling settings are kept, if they are valid.
-        dtype: What weights are rounded to, as "bfloat16"; None: they are not rounded. Weights of
-            an adapter that stays in the model never are.
+        dtype: What weights are rounded to, "bfloat16" or "float16"; None: they are not rounded.
+            Weights of an adapter that stays in the model never are.
         name_of_weights: What the adapter_config.json of such an adapter calls base/.
     """
     if not is_rank_zero():
@@ -119,6 +120,9 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     Args:
         model: Unchanged.
         dtype: The dtype.
+
+    Raises:
+        UserError: A weight is too large for float16.
     """
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
@@ -130,6 +134,11 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             memory = (tensor.data_ptr(), tensor.shape)
             if memory not in copies:
                 copies[memory] = tensor.to(dtype)
+                if not copies[memory].isfinite().all() and tensor.isfinite().all():
+                    raise UserError(
+                        f"model.publish_dtype: float16 ends at 65504, and {name} reaches {tensor.abs().max():.3g}; set "
+                        f"bfloat16, or null"
+                    )
             tensor = copies[memory]
         state[name] = tensor
     return state

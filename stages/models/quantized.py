@@ -86,7 +86,7 @@ def quantized_tensors(weight: Tensor, bits: int) -> dict[str, Tensor]:
     Returns:
         The tensors that `Quantized` holds. 8 bits: `weight`, int8 (out, in), and `scales` (out,). 4
         bits: `weight`, two values per byte in whole blocks; `absmax`, a byte for each BLOCK of
-        them; `scales`, `offset` and the table `code` (256,), which turn absmax into floats.
+        them; `scales`, `offset` (1,) and the table `code` (256,), which turn absmax into floats.
     """
     functional = bitsandbytes_functions()
     if bits == 8:
@@ -98,7 +98,7 @@ def quantized_tensors(weight: Tensor, bits: int) -> dict[str, Tensor]:
     nibbles, first = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
     with torch.device("cpu"):  # stages/tools/memory.py makes models on the meta device
         code = functional.create_dynamic_map()
-    offset, code = first.absmax.mean(), code.to(weight.device)
+    offset, code = first.absmax.mean().view(1), code.to(weight.device)  # a scalar could not be sharded
     absmax, second = functional.quantize_blockwise(first.absmax - offset, code=code, blocksize=SCALES)
     return {"weight": nibbles, "absmax": absmax, "scales": second.absmax, "offset": offset, "code": code}
 

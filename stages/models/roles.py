@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import bfloat16, nn
+from torch import nn
 
 from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, share_frozen, unwrapped, with_adapter
@@ -17,7 +17,7 @@ from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.packing import can_pack
-from stages.models.precision import cast_frozen
+from stages.models.precision import CAST, cast_frozen
 from stages.models.same_tokenizer import check_same_tokenizer, fit_rows
 from stages.models.sharding import is_sharded, make_on_rank_zero, shard
 
@@ -29,7 +29,7 @@ def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: 
 
     Args:
         make: Returns the model, on the CPU.
-        accelerator: Gives the device and whether products are computed in bfloat16.
+        accelerator: Gives the device and what products are computed in.
         max_length: Longest row in tokens; decides whether the model can read packed rows.
         sharded: Whether each process keeps a shard; then all processes call this together.
     """
@@ -39,8 +39,8 @@ def make_on_device(make: Callable[[], nn.Module], accelerator: Any, max_length: 
         # Both try the model on a few tokens, and compare results in float32: before the cast.
         can_pack(model, max_length)
         head_is_linear(model)
-        if accelerator.mixed_precision == "bf16":
-            cast_frozen(model, bfloat16)
+        if accelerator.mixed_precision in CAST:
+            cast_frozen(model, CAST[accelerator.mixed_precision])
         return model
 
     if not sharded:

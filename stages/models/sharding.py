@@ -19,16 +19,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import from_rank_zero, is_rank_zero, layout, rank_and_world_size
 from stages.models import tensor_parallel
-from stages.models.adapters import unwrapped
+from stages.models.adapters import is_adapted, unwrapped
 from stages.models.context_parallel import compute_whole_rows
 from stages.models.ensemble import members
-from stages.models.packing import reads_packed_rows, register
+from stages.models.packing import NAME as PACKED
+from stages.models.packing import register
 from stages.models.precision import castable, uncast
+from stages.models.prefix import ATTENTION as BEHIND_PREFIX
 
 Result = TypeVar("Result")
 
@@ -72,10 +74,11 @@ def _unpickled(sent: bytes | None) -> nn.Module | None:
         return None
     inner = unwrapped(model)
     # The configuration names the attention function, which each process registers by itself.
-    if reads_packed_rows(model):
-        register(inner)
+    kernel = inner.config._attn_implementation
+    if kernel in (PACKED, BEHIND_PREFIX):
+        register(inner, kernel)
     else:
-        inner.set_attn_implementation(inner.config._attn_implementation)
+        inner.set_attn_implementation(kernel)
     return model
 
 
@@ -128,6 +131,9 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
+        if is_adapted(member):
+            # peft's AdaLoRA calls the forward method itself, past the hook that gathers weights.
+            member.base_model.__dict__["forward"] = inner.__call__
         if not mean:  # losses are divided by the global count already
             for module in fsdp_modules(inner):
                 module.set_gradient_divide_factor(1.0)
@@ -358,9 +364,31 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
+def replicate_beside(x: Tensor, model: nn.Module) -> Tensor:
+    """Return a small tensor such that an optimizer takes it together with a model's weights.
+
+    Beside a sharded model it is a DTensor too, of which each process holds the whole. Its gradients
+    are summed by `parallel.all_reduce_gradients`.
+
+    Args:
+        x: The same tensor in every process.
+        model: The model.
+    """
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor):
+        return x
+    mesh = parameter.device_mesh
+    return distribute_tensor(x, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor whole; a sharded one is gathered by all processes together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def to_float(x: Tensor) -> float:
     """Return a scalar tensor as a float; it may be distributed over processes."""
-    return float(x.full_tensor() if isinstance(x, DTensor) else x)
+    return float(whole(x))
 
 
 def local_shard(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ document, padding, and a row of the model for every token.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +24,8 @@ from stages.models.remote_code import is_remote
 
 PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")  # usual names, which no text contains
 NEW_PAD = "<|pad|>"
+CONTROL_END = re.compile(r"\{% if add_generation_prompt %\}[^{}]+\{% endif %\}$")
+"""What `add_control_tokens` ends a chat template with."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def settle_tokens(
         named = ", ".join(new[:8]) + ", \u2026" * (len(new) > 8)
         rows = f"{len(new)} row{'s' * (len(new) > 1)}"
         lines.append(f"the model had no row for {named}: {rows} added, with random weights")
-    lines += agreement_lines(tokenizer, variables or {})
+    lines += agreement_lines(without_control_token(tokenizer, model), variables or {})
     ids = tokenizer.convert_tokens_to_ids(new)
     return Settled(lines, sorted(i for i in ids if i != tokenizer.pad_token_id), moment if stopped else None)
 
@@ -285,6 +288,22 @@ def unresized_table(model: nn.Module, before: int, after: int) -> str | None:
         if (before, after) in zip(had, wants, strict=False):
             return name
     return None
+
+
+def without_control_token(tokenizer: Any, model: nn.Module) -> Any:
+    """Return the tokenizer of a model with control tokens with a template that asks for none.
+
+    Rows have one before each answer on purpose (`control_tokens.py`), and no conversation has.
+
+    Args:
+        tokenizer: The tokenizer; returned itself where the model has no control tokens.
+        model: The model.
+    """
+    if not getattr(model.config, "control_token_ids", None):
+        return tokenizer
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = CONTROL_END.sub("", tokenizer.get_chat_template())
+    return plain
 
 
 def agreement_lines(tokenizer: Any, variables: Mapping[str, object]) -> list[str]:

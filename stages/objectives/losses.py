@@ -206,6 +206,35 @@ def dpo_loss(
     return (weights * losses).sum() / count
 
 
+def kto_loss(
+    ratios: Tensor,
+    is_good: Tensor,
+    kl: float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    count: float,
+) -> Tensor:
+    """Return KTO's loss, Σ w (1 − v) / count (Ethayarajh 2024, eq. 7).
+
+    The value v of a good response is σ(β(r − z)), that of a bad one σ(β(z − r)), with
+    r = log π(y|x)/π_ref(y|x). The reference point z is a constant: no gradient goes through it.
+
+    Args:
+        ratios: r of each judgement, (N,).
+        is_good: Whether it is good, (N,).
+        kl: z, the KL from the reference that is expected of any response, in nats; not below 0.
+        beta: β.
+        desirable_weight: w of good responses (the paper's λ_D).
+        undesirable_weight: w of bad responses (λ_U).
+        count: Judgements in the whole batch.
+    """
+    gains = beta * (ratios - kl)
+    gains = torch.where(is_good, gains, -gains)
+    weights = torch.full_like(gains, undesirable_weight).masked_fill(is_good, desirable_weight)
+    return (weights * torch.sigmoid(-gains)).sum() / count  # 1 − σ(x) = σ(−x)
+
+
 def chosen_loss(logps: Tensor, rows: Tensor, weights: Tensor, tokens: float) -> Tensor:
     """Return the cross-entropy per token of the responses ranked first, −Σ w · log π(y) / tokens.
 

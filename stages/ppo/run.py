@@ -404,7 +404,7 @@ def learn(setup: Setup, batch: Batch, options: UpdateOptions, step: int, rates: 
             # the same
             optimizer_steps = options.batch_size // options.mini_batch_size * options.epochs
             streams.ptx.take(optimizer_steps * options.ptx.rows)
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(names, math.nan) | run.learners.scaling.figures()
     next_texts = streams.next_texts if streams.ptx is not None else None
     learned = update(
         setup.sampler.roles, run.learners, batch, options, step=step, rates=rates, next_texts=next_texts, say=say
@@ -445,6 +445,7 @@ def finish(setup: Setup, c: PPOSettings, kl: KlControl, step: int) -> dict:
     figures = {**after, **{f"{name}_before": figure for name, figure in before.items()}}
     figures |= {"updates": step, "best_step": run.best.step}
     figures |= {"skipped_steps": run.learners.skips.count, "alarms": run.alarms.count}
+    figures |= run.learners.scaling.skips()
     publication = replace(setup.publication, figures=figures)
     publish(publication, sampler.roles, run, c.keep == "best", step)
     return figures

@@ -13,6 +13,7 @@ from stages.ppo.alarms import Alarms
 from stages.ppo.update import Learners
 from stages.settings.ppo import PPOSettings, ptx_batch_size, steps_per_update
 from stages.training.checkpoint import TrainingState, has_current_settings, load_checkpoint, save_checkpoint
+from stages.training.scaling import new_scaling
 from stages.training.selection import Best
 from stages.training.session import PendingEvaluation, Session
 from stages.training.trainee import Average, Skips, make_trainee
@@ -84,7 +85,8 @@ class Run:
 
     def training_state(self) -> TrainingState:
         """Return what a checkpoint holds the tensors of."""
-        return TrainingState(self.learners.trainees(), self.best, self.learners.average)
+        learners = self.learners
+        return TrainingState(learners.trainees(), self.best, learners.average, scaling=learners.scaling)
 
     def poll(self, step: int) -> Callable[[], None]:
         """Return a function for the middle of work: on a signal it saves `step` and leaves."""
@@ -203,6 +205,7 @@ def new_run(session: Session, c: PPOSettings, roles: Roles, updates: int, drawn:
         else trainee("value_model", roles.value_model, learning_rate=c.value_learning_rate),
         average=Average(c.ema_decay if c.publish_ema else None),
         skips=Skips(c.max_skipped_steps),
+        scaling=new_scaling(roles.accelerator),
     )
     return Run(
         session=session,

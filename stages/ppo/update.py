@@ -1,7 +1,8 @@
 """Update policy and value model from one batch: PPO's gradients, ptx's gradient, steps."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from stages.objectives.losses import kl_loss, policy_loss, value_loss
 from stages.ppo.options import UpdateOptions
 from stages.rollouts.rollout import Rollout
 from stages.training.batching import in_micro_batches, micro_batches, share_groups
+from stages.training.scaling import Scaling
 from stages.training.trainee import (
     Average,
     Skips,
@@ -54,6 +56,8 @@ class Learners:
     """Exponential average of the policy's weights."""
     skips: Skips
     """Counts the steps that are skipped because a number is not finite."""
+    scaling: Scaling = field(default_factory=Scaling)
+    """The gradient scaler of float16: one, since policy and value model step together."""
 
     def trainees(self) -> list[Trainee]:
         """Return the policy, and the value model if one is trained."""
@@ -102,20 +106,23 @@ def update(
     Raises:
         TrainingStopped: If too many gradients are not finite.
     """
-    policy, trainees = learners.policy, learners.trainees()
+    policy, trainees, scaling = learners.policy, learners.trainees(), learners.scaling
     totals: dict[str, float] = {}
-    steps = 0
+    counts: dict[str, int] = {}
     for epoch in range(options.epochs):
         for index in minibatches(options, step, epoch):
+            scale = scaling.scale
             figures = ppo_gradients(roles, batch, index, options)
-            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())
+            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale
             if next_texts is not None:
-                figures |= ptx_gradient(roles, policy, next_texts(options.ptx.rows), options)
+                figures |= ptx_gradient(roles, policy, next_texts(options.ptx.rows), options, scale)
             if learners.value is not None:
-                figures["grad_norm/value"] = gradient_norm(learners.value.parameters.values())
+                figures["grad_norm/value"] = gradient_norm(learners.value.parameters.values()) / scale
             # both are checked before either steps: they step together or not at all
-            problems = [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]
-            if problems:
+            if overflowed := scaling.overflow(trainees):
+                if problem := scaling.problem(step):
+                    say(learners.skips.skip(problem))
+            elif problems := [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]:
                 for trainee in trainees:
                     trainee.optimizer.zero_grad(set_to_none=True)
                 say(learners.skips.skip(problems[0]))
@@ -123,10 +130,13 @@ def update(
                 for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):
                     optimizer_step(trainee, rate, step)
                 learners.average.step(policy)
-            steps += 1
             for key, figure in figures.items():
-                totals[key] = totals.get(key, 0.0) + figure
-    return {key: total / steps for key, total in totals.items()}
+                # the norms of gradients that have overflowed are no numbers: they are left out
+                is_counted = not (overflowed and key.startswith("grad_"))
+                totals[key] = totals.get(key, 0.0) + (figure if is_counted else 0.0)
+                counts[key] = counts.get(key, 0) + is_counted
+    means = {key: total / counts[key] if counts[key] else math.nan for key, total in totals.items()}
+    return means | scaling.figures()
 
 
 def minibatches(options: UpdateOptions, step: int, epoch: int) -> list[list[int]]:
@@ -206,7 +216,9 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
     return parallel.all_reduce_figures(figures)
 
 
-def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options: UpdateOptions) -> dict[str, float]:
+def ptx_gradient(
+    roles: Roles, policy: Trainee, texts: list[list[int]], options: UpdateOptions, scale: float = 1.0
+) -> dict[str, float]:
     """Add ptx_coef times the gradient of the pretraining loss to the policy's gradients.
 
     The loss is the mean cross-entropy a token over `texts`. It has a backward pass of its own, so
@@ -217,6 +229,8 @@ def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options:
         policy: Holds PPO's gradients, and then the sums.
         texts: Pretraining rows of T tokens each.
         options: ptx_coef and micro-batch size.
+        scale: Factor of the losses under float16, which the backward pass multiplies by; the norm
+            is divided by it. It is a power of two, so that this is exact.
 
     Returns:
         The loss, the norm of the added gradient, and its cosine to PPO's.
@@ -239,7 +253,7 @@ def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options:
     ptx_grads = [p.grad for p in parameters]
     figures = {
         "loss/ptx": total,
-        "grad_norm/ptx": gradient_norm(parameters),
+        "grad_norm/ptx": gradient_norm(parameters) / scale,
         "grad_cosine": gradient_cosine(ppo_grads, ptx_grads),
     }
     for p, ppo_grad, ptx_grad in zip(parameters, ppo_grads, ptx_grads, strict=True):

@@ -78,7 +78,7 @@ class EngineSpec:
     device: torch.device
     """Device of the policy."""
     dtype: str
-    """"float32" or "bfloat16": what the policy computes in."""
+    """"float32", "bfloat16" or "float16": what the policy computes in."""
     autocast: Callable[[], Any]
     """Returns a context manager in which the policy computes in `dtype`."""
     pad_id: int

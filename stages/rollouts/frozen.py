@@ -13,9 +13,10 @@ from torch import nn
 from data.groups import make_rows
 from data.streams import derive_seed
 from pipeline.errors import UserError
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from stages.models.forward import response_logprobs
 from stages.models.packing import reads_packed_rows
+from stages.models.precision import require_finite
 from stages.models.sharding import is_sharded
 from stages.objectives.rewards import kl_per_token
 from stages.rollouts.engine import EngineLost, EngineRules, EngineSpec, RolloutEngine, Sampled, SampleRequest
@@ -71,7 +72,7 @@ class FrozenSampler:
 
         Raises:
             EngineLost: The engine fails, and the settings do not let the policy take over.
-            UserError: It does not start.
+            UserError: It does not start, or the policy's own log-probabilities are not finite.
         """
         if not self.engine.is_policy and not self.is_lost:
             try:
@@ -81,7 +82,9 @@ class FrozenSampler:
                 self._give_up(lost)
         own = TransformersEngine(replace(self.spec, batch_size=batch_size))
         own.start(model, poll)
-        return own.sample(request, poll).responses
+        sampled = own.sample(request, poll)
+        require_finite(sampled.logprobs, f"{self.stage}: log-probabilities of what {policy} samples")
+        return sampled.responses
 
     def close(self) -> None:
         """Free what the engine holds, and remove its log, which only a failed run needs."""
@@ -174,7 +177,7 @@ def engine_kl(model: nn.Module, sampled: Sampled, prompts: list[list[int]], spec
         theirs = sampled.logprobs[part, : logprobs.shape[1]].to(logprobs)
         kl = torch.where(rows.response_mask, kl_per_token(theirs, logprobs, "k3"), 0.0)
         if is_own:
-            sums["kl"] += kl.double().sum().item()
+            sums["kl"] += devices.in_float64(kl).sum().item()
             sums["tokens"] += int(rows.response_mask.sum())
     sums = parallel.all_reduce_figures(sums)
     return sums["kl"] / sums["tokens"]

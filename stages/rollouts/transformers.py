@@ -382,6 +382,8 @@ def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         (B,) token ids.
     """
+    if weights.device.type == "mps":  # no float64 there; this machine's CPU shares its memory
+        return pick(weights.cpu(), uniform.cpu()).to(weights.device)
     B, V = weights.shape
     blocks = F.pad(weights, (0, -V % VOCABULARY_BLOCK)).view(B, -1, VOCABULARY_BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)

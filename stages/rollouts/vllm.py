@@ -28,7 +28,7 @@ from torch import nn
 
 from data.streams import derive_seed
 from pipeline.errors import UserError
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from stages.models.adapter_folder import is_adapter_folder, method_in
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.file_tensors import file_tensors, tied_head
@@ -61,7 +61,7 @@ class VllmOptions:
     devices: str | None
     """CUDA_VISIBLE_DEVICES for vLLM; None: the same as here."""
     dtype: str
-    """"float32" or "bfloat16": the dtype of its weights."""
+    """"float32", "bfloat16" or "float16": the dtype of its weights."""
     timeout: float
     """Seconds without an answer after which vLLM counts as lost."""
     arguments: dict[str, Any]
@@ -175,8 +175,8 @@ class Vllm:
 
     def update_weights(self, model: nn.Module) -> None:
         """Hand the weights of `model` over: adapters merged or alone, shards gathered by layer."""
-        if self.options.sleeps and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # vLLM wakes up for the weights, and needs its memory again
+        if self.options.sleeps:
+            devices.empty_cache(devices.in_use())  # vLLM wakes up for the weights, and needs its memory again
         if self._hands_over_adapter(model):
             self._hand_over_adapter(model)
         elif self.options.through_memory:
@@ -197,8 +197,8 @@ class Vllm:
         }
         if excluded := unanswered_ids_of(self.options.model):
             message["excluded"] = excluded
-        if self.options.sleeps and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self.options.sleeps:
+            devices.empty_cache(devices.in_use())
         responses, logprobs = self._ask({"generate": message}, poll)
         if self.options.sleeps:
             self._ask({"sleep": None}, poll)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.conversations import encode_conversations
 from pipeline.errors import UserError
+from stages.models.adapter_folder import weights_folder, with_adapter_of
 from stages.models.ensemble import combine
 from stages.models.remote_code import from_pretrained
 from stages.scorers.scorer import ScoreRequest, ScorerSpec, Scores
@@ -79,7 +80,7 @@ class Member:
         self.tokenizer = from_pretrained(AutoTokenizer, folder, trust_remote_code=trust)
         model, info = from_pretrained(
             AutoModelForSequenceClassification,
-            folder,
+            weights_folder(folder),
             trust_remote_code=trust,
             dtype=torch.float32,
             use_safetensors=True,
@@ -90,7 +91,8 @@ class Member:
                 f"{spec.name}: the model in {folder} lacks the weights {sorted(info['missing_keys'])[:3]}, which would "
                 f"be random; give a trained reward model"
             )
-        self.model: nn.Module = model.to(spec.accelerator.device).eval().requires_grad_(False)
+        model = with_adapter_of(model, folder).to(spec.accelerator.device)
+        self.model: nn.Module = model.eval().requires_grad_(False)
         config: Any = model.config
         self.bias = float(getattr(config, "reward_bias", 0.0) or 0.0)
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]

@@ -8,7 +8,7 @@ from pipeline.config.section import setting
 from pipeline.config.sections import ModelSettings, is_hub_id, local_folder
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, uneven_batches
-from stages.settings.training import WEIGHT_DECAY, Training
+from stages.settings.training import SCALER_METRICS, WEIGHT_DECAY, Training
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -17,6 +17,7 @@ METRICS = {
     "loss": "cross-entropy per token, in nats, of this step's batch (evaluations.jsonl: of held-out documents)",
     "perplexity": "exp(loss) on held-out documents",
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 SHAPE = (

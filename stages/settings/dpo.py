@@ -8,23 +8,29 @@ from pipeline.config.section import setting
 from pipeline.stage import Stage, StageRun
 from stages.settings.checks import over_context, over_folder_context
 from stages.settings.peft import StagePeft, missing_package, peft_setting, stage_problems
-from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
 
-LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "davidson", "davidson_luce", "sft"]
+LossType = Literal["sigmoid", "robust", "ipo", "hinge", "plackett_luce", "davidson", "davidson_luce", "sft", "kto"]
 METRICS = {
     "loss": "loss of this step's batch: the sum of its parts, each times its weight",
-    **{f"loss/{name}": f"the part {name} before its weight (if there are several)" for name in get_args(LossType)},
-    "rewards/chosen": "mean of β · log(π/π_ref) of the preferred responses",
+    **{
+        f"loss/{name}": f"the part {name} before its weight (if there are several)"
+        for name in get_args(LossType)
+        if name != "kto"
+    },
+    "rewards/chosen": "mean of β · log(π/π_ref) of the preferred responses (with kto: of the good ones)",
     "rewards/rejected": "the same for the other responses",
     "rewards/accuracies": "fraction of pairs whose preferred response has the higher reward",
     "rewards/margins": "mean of the chosen minus the rejected reward",
     "logps/chosen": "mean log-probability of the preferred responses, in nats per response",
     "logps/rejected": "the same for the other responses",
     **TIE_METRICS,
+    "kl": "with kto: its estimate of KL(π ‖ π_ref), in nats per response, not below 0",
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 
@@ -46,18 +52,25 @@ class DPOSettings(PreferenceTraining):
         ["sigmoid"],
         "one loss, or several that are added: sigmoid, robust, ipo, hinge on pairs (ipo sums log-ratios over tokens, "
         "as in Azar 2023; trl averages them), plackett_luce on the whole order, davidson (pairs) and davidson_luce "
-        "(whole order) with ties, which the others leave out, sft on the responses ranked first",
+        "(whole order) with ties, which the others leave out, sft on the responses ranked first; kto, alone, on good "
+        "and bad responses: as they are labelled, or ranked first and last",
     )
     loss_weights: list[float] | None = setting(None, "weight of each of several losses; null: 1 for each")
     label_smoothing: float = setting(
         0.0, "assumed fraction of flipped labels (only with sigmoid and robust)", ge=0, lt=0.5
     )
+    desirable_weight: float | None = setting(None, "weight of good responses with kto; null: 1", gt=0)
+    undesirable_weight: float | None = setting(None, "weight of bad responses with kto; null: 1", gt=0)
     sample_tokens: int = setting(48, "length of the samples kept in samples.jsonl; 0: none", "tokens", ge=0)
     peft: StagePeft = peft_setting()
 
     def losses(self) -> dict[str, float]:
         """Return the weight of each loss."""
         return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+
+    def label_weights(self) -> tuple[float, float]:
+        """Return kto's weights of good and of bad responses."""
+        return self.desirable_weight or 1.0, self.undesirable_weight or 1.0
 
 
 def needs(experiment: "Experiment") -> list[str]:
@@ -78,7 +91,27 @@ def check(experiment: "Experiment") -> list[str]:
         )
     if settings.label_smoothing and not {"sigmoid", "robust"} & set(names):
         lines.append(f"dpo.label_smoothing: has no effect with loss_type {', '.join(names)}; use sigmoid, or 0")
-    return lines + check_ties(settings, "dpo", names, experiment.launch.shares_weights)
+    return lines + check_kto(settings) + check_ties(settings, "dpo", names)
+
+
+def check_kto(settings: DPOSettings) -> list[str]:
+    """Return a line for each setting of kto that cannot work."""
+    if "kto" not in settings.loss_type:
+        return [
+            f"dpo.{key}: has no effect with loss_type {', '.join(settings.loss_type)}; use kto, or null"
+            for key in ("desirable_weight", "undesirable_weight")
+            if getattr(settings, key) is not None
+        ]
+    lines = []
+    if len(settings.loss_type) > 1:
+        others = ", ".join(name for name in settings.loss_type if name != "kto")
+        lines.append(f"dpo.loss_type: kto reads labels of single responses, {others} ranks; name kto alone")
+    if settings.per_device_train_batch_size * settings.gradient_accumulation_steps < 2:
+        lines.append(
+            "dpo.per_device_train_batch_size: 1 prompt a step leaves kto no other prompt to estimate the KL from; "
+            "raise it, or gradient_accumulation_steps"
+        )
+    return lines
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.config.checks import OF_METHODS, cut_adapter_problems, peft_problems, sharding_problems
+from pipeline.config.checks import OF_METHODS, PREFIX, SOFT, cut_adapter_problems, peft_problems
 from pipeline.config.section import Section, setting
-from pipeline.config.sections import ModelSettings, PeftSettings
+from pipeline.config.sections import ModelSettings, PeftSettings, local_folder
 from stages.models.packages import MISSING
 
 if TYPE_CHECKING:
@@ -87,13 +87,61 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
         experiment: The validated experiment.
         stage: One of TRAINING.
     """
-    own = getattr(experiment, stage).peft
-    if own is None or own == "full":
+    own, peft = getattr(experiment, stage).peft, peft_of(experiment, stage)
+    if peft is None:
         return []
-    peft, place = peft_of(experiment, stage), f"{stage}.peft"
-    assert peft is not None
-    lines = peft_problems(peft, place) + sharding_problems(peft, experiment.launch.strategy, place)
-    return lines + cut_adapter_problems(experiment, peft, place)
+    if own is None:
+        return prefix_problems(experiment, stage, "model.peft")
+    place = f"{stage}.peft"
+    lines = peft_problems(peft, place) + prefix_problems(experiment, stage, place)
+    lines += cut_adapter_problems(experiment, peft, place)
+    return lines + own_problems(experiment, stage, peft)
+
+
+def prefix_problems(experiment: "Experiment", stage: str, place: str) -> list[str]:
+    """Return a line if a stage trains a prefix that its policy cannot begin with.
+
+    Args:
+        experiment: The validated experiment.
+        stage: One of TRAINING.
+        place: The key that its adapter settings stand under.
+    """
+    peft, of_sft, given = peft_of(experiment, stage), peft_of(experiment, "sft"), experiment.model.name_or_path
+    if stage not in ("ppo", "dpo") or peft is None or peft.method not in PREFIX:
+        return []
+    folder = local_folder(given)  # of a model that may have a prefix
+    if (of_sft is not None and of_sft.method in PREFIX) or (folder and (folder / "adapter_config.json").is_file()):
+        return []
+    return [
+        f"{place}.method: {peft.method} begins away from sft's model, which {stage} has to begin as; train sft with "
+        f"{peft.method} too, or use another method in {stage}"
+    ]
+
+
+def own_problems(experiment: "Experiment", stage: str, peft: PeftSettings) -> list[str]:
+    """Return a line for each adapter setting that a stage cannot have for itself.
+
+    Args:
+        experiment: The validated experiment.
+        stage: One of TRAINING.
+        peft: Its adapter, which its own settings changed.
+    """
+    own, place, given, lines = getattr(experiment, stage).peft, f"{stage}.peft", experiment.model.peft, []
+    if own.lora_dropout and stage != "sft":
+        lines.append(f"{place}.lora_dropout: {own.lora_dropout} has no effect; only sft trains with dropout")
+    for key in ("prompt_tuning_init", "prompt_tuning_init_text"):
+        if (value := getattr(own, key)) is not None:
+            lines.append(
+                f"{place}.{key}: {value} has no effect in {stage}, since `base` adds the soft prompt; set "
+                f"model.peft.{key}"
+            )
+    from_scratch = experiment.model.name_or_path is None  # a given model may have one already
+    if from_scratch and peft.method in SOFT and (given is None or given.method not in SOFT):
+        lines.append(
+            f"{place}.method: {peft.method} trains a soft prompt that `base` adds, and model.peft asks for none; set "
+            f"model.peft.method: {peft.method}, and {stage}.peft where the stages differ"
+        )
+    return lines
 
 
 def missing_package(experiment: "Experiment", stage: str) -> list[str]:

@@ -22,7 +22,7 @@ from stages.settings.scorers.scorer import (
     scorer_problems,
     scorer_stages,
 )
-from stages.settings.training import TOO_LONG_PROMPT, SchedulerType, TooLong
+from stages.settings.training import SCALER_METRICS, TOO_LONG_PROMPT, SchedulerType, TooLong
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 
@@ -59,6 +59,7 @@ METRICS = {
     "grad_norm/ptx": "norm of ptx_coef times the pretraining gradient",
     "grad_cosine": "cosine between these two gradients; below 0 they conflict",
     "grad_norm/value": "norm of the value model's gradient before clipping",
+    **SCALER_METRICS,
     "kl_coef": "β of this update (changes if kl_target is set)",
     "eps": "episodes per second, sampling and update together",
     "lr": "learning rate of the policy",

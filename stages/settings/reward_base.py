@@ -115,11 +115,12 @@ def with_own_base(experiment: "Experiment") -> "Experiment":
     changed = {key: value for key in SHAPE if (value := getattr(own, key)) is not None}
     changed |= {key: getattr(own, key) for key in OF_MODEL if key not in SHAPE}
     changed["adapter"] = None  # an adapter of somebody's is on the policy's base
+    changed["control_tokens"] = None  # they ask a policy for good answers
     of_sft = {} if isinstance(own.sft, bool) else {k: v for k, v in own.sft.model_dump().items() if v is not None}
     return experiment.model_copy(
         update={
             "model": experiment.model.model_copy(update=changed),
-            "sft": experiment.sft.model_copy(update=of_sft | {"ppo_init": None}),
+            "sft": experiment.sft.model_copy(update=of_sft | {"ppo_init": None, "conditional": None}),
         }
     )
 

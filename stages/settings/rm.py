@@ -12,7 +12,7 @@ from stages.settings.peft import StagePeft, missing_package, peft_setting, stage
 from stages.settings.policies import simulates_labelers
 from stages.settings.reward_base import RewardBaseSettings, has_own_base, own_names, trunk_stages, with_own_base
 from stages.settings.rounds import start_problems
-from stages.settings.training import ACCUMULATION, TIE_METRICS, PreferenceTraining, check_ties
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TIE_METRICS, PreferenceTraining, check_ties
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -24,6 +24,7 @@ METRICS = {
     "margin": "mean score difference between the preferred and the other response",
     **TIE_METRICS,
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 
@@ -117,7 +118,7 @@ def check(experiment: "Experiment") -> list[str]:
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
                 lines.append(f"rm.{key}: has no effect with loss_type {settings.loss_type}; use sigmoid, or 0")
-    return lines + check_ties(settings, "rm", [settings.loss_type], experiment.launch.shares_weights)
+    return lines + check_ties(settings, "rm", [settings.loss_type])
 
 
 def folders(experiment: "Experiment") -> dict[str, Path]:

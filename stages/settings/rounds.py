@@ -53,6 +53,9 @@ class RoundsSettings(Section):
     policy: Literal["ppo", "dpo"] | None = setting(
         None, "whose answers the next round ranks; null: ppo where it is finished, otherwise dpo"
     )
+    thumbs: bool = setting(
+        False, "whether thumbs of playgrounds become rankings of one response each, which dpo.loss_type kto learns from"
+    )
     per_user: int = setting(200, "most prompts that are taken of a user; 0: any number", "prompts", ge=0)
     personal: Literal["list", "drop", "mask", "off"] = setting(
         "drop", "what happens to new rows with personal data, as --pii of `rlhf data prepare`"

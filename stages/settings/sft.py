@@ -10,7 +10,7 @@ from pipeline.stage import Stage, StageRun
 from stages.settings.checks import check_data, over_context, over_folder_context, uneven_batches
 from stages.settings.peft import StagePeft, missing_package, peft_of, peft_setting, stage_problems
 from stages.settings.scorers.scorer import Scorer, missing_of_scorers, scorer_files, scorer_problems, scorer_stages
-from stages.settings.training import ACCUMULATION, TOO_LONG_ROW, TooLong, Training
+from stages.settings.training import ACCUMULATION, SCALER_METRICS, TOO_LONG_ROW, TooLong, Training
 
 if TYPE_CHECKING:
     from stages.settings.experiment import Experiment
@@ -20,6 +20,7 @@ METRICS = {
     "held out by conversation)",
     "perplexity": "exp(loss) on held-out demonstrations",
     "grad_norm": "norm of the gradient before clipping",
+    **SCALER_METRICS,
     "lr": "learning rate of the step",
 }
 
@@ -82,6 +83,8 @@ class ConditionalSettings(Section):
         return self.response_length or 128
 
 
+TRAINS_ROWS = ("lora", "dora", "qlora")
+"""Adapter methods that train the new rows of control tokens beside the adapter."""
 OF_SAMPLES = ("prompts_per_round", "rounds", "response_length", "temperature", "missing_eos_score")
 """Settings of ConditionalSettings that have no effect on demonstrations."""
 
@@ -219,6 +222,13 @@ def conditional_problems(experiment: "Experiment") -> list[str]:
         lines.append(
             f"{key}.scorer: this experiment's reward model is trained from sft, so it cannot score for it; name the "
             f"folder of another experiment's, {{model: artifacts/NAME/rm/model}}"
+        )
+    peft = peft_of(experiment, "sft")
+    if tokens and experiment.model.name_or_path is None and peft is not None and peft.method not in TRAINS_ROWS:
+        place = "model.peft" if experiment.sft.peft is None else "sft.peft"
+        lines.append(
+            f"{place}.method: {peft.method} cannot train the new rows of model.control_tokens, which start random; use "
+            f"{' or '.join(TRAINS_ROWS)}, or train all weights (null)"
         )
     if settings.thresholds is not None and tokens is not None:
         lines += threshold_problems(settings.thresholds, len(tokens) - 1)

@@ -15,6 +15,12 @@ WEIGHT_DECAY = "AdamW's decoupled weight decay, for all trained weights except n
 TOO_LONG_ROW = "what to do with a row longer than max_length; dropped and truncated rows are counted and reported"
 TIE_LOSSES = ("davidson", "davidson_luce")
 """Losses of rm and dpo that count ties; all others leave them out."""
+SCALER_METRICS = {
+    "grad_scale": "with model.dtype float16: what losses are multiplied by before the backward pass; halved when "
+    "gradients overflow, doubled after 2000 steps without that",
+    "steps_skipped_by_scaler": "optimizer steps so far that were skipped because gradients overflowed float16; many "
+    "in a row, or grad_scale near 1, mean that the model does not train in float16",
+}
 TIE_METRICS = {
     "ties": "share of a prompt's comparisons that are ties (with davidson its pairs, with davidson_luce its choices)",
     "ties_expected": "the same as the model expects it, from scores and tie_strength",
@@ -94,14 +100,13 @@ class PreferenceTraining(Training):
     )
 
 
-def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sharded: bool) -> list[str]:
+def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str]) -> list[str]:
     """Return a line for each setting of ties that cannot work.
 
     Args:
         section: The settings of the stage.
         name: The stage: rm or dpo.
         losses: Names of its losses.
-        sharded: Whether weights are sharded (launch.strategy fsdp2, launch.tensor_parallel).
     """
     named, lines = [loss for loss in losses if loss in TIE_LOSSES], []
     if not named:
@@ -114,12 +119,6 @@ def check_ties(section: PreferenceTraining, name: str, losses: Sequence[str], sh
         lines.append(f"{name}.loss_type: {' and '.join(named)} are two models of the same ties; name one of them")
     if section.tie_strength is not None and section.tie_learning_rate is not None:
         lines.append(f"{name}.tie_learning_rate: has no effect beside {name}.tie_strength; set one of them to null")
-    if sharded and section.tie_strength is None:
-        lines.append(
-            f"{name}.tie_strength: cannot be learned where processes share weights (launch.strategy fsdp2, "
-            f"tensor_parallel); state it (1.0: a third of equally "
-            f"good pairs is tied)"
-        )
     return lines
 
 

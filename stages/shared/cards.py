@@ -6,7 +6,7 @@ takes base model, licence and data sets over from the card of the model that it 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ alone stop here.
 SOFT_PROMPT = """\
 ## Soft prompt
 
-The chat template begins with {count} tokens, `<|soft_prompt_0|>` and so on, whose embeddings were trained; all other
-weights of the language model are the base model's. They are read and never answered: `generate` leaves them out
+The chat template begins with {count} tokens, `<|soft_prompt_0|>` and so on, whose embeddings were \
+trained{others}. They are read and never answered: `generate` leaves them out
 (`suppress_tokens` of `generation_config.json`). Other programs have to be told their ids, `soft_prompt_ids` of
 `config.json`, for example in vLLM as a `logit_bias` of -100 each.
 """
@@ -125,6 +125,10 @@ class ModelCard:
     """Whether the model has a scalar head; None: whether its use is SCORE."""
     in_place: str | None = None
     """Method of the adapter that stays in the model; None: there is none."""
+    soft_prompt: int = 0
+    """Tokens of the soft prompt that the model has."""
+    control_tokens: tuple[str, ...] = ()
+    """The control tokens that the model has, from worst to best."""
 
 
 def use_of(text: str, own_head: bool) -> str:
@@ -161,8 +165,8 @@ def card_text(provenance: Provenance, card: ModelCard) -> str:
             "\n"
         ),
         adapter_lines(card.adapter, is_scalar).lstrip("\n"),
-        soft_prompt_lines(provenance),
-        control_token_lines(provenance),
+        soft_prompt_lines(provenance, card.soft_prompt),
+        control_token_lines(provenance.model.control_tokens or card.control_tokens),
         origin_lines(provenance, metadata, manifests),
         table("Data", ("kind", "from", "rows", "read by"), data_rows(provenance, manifests)),
         table("Settings that are not the defaults", ("setting", "value"), settings_of(provenance)),
@@ -209,16 +213,23 @@ def in_place_lines(method: str, is_scalar: bool) -> str:
     return text.format(method=method, loader=loader, auto=auto, more=", num_labels=1" if is_scalar else "")
 
 
-def soft_prompt_lines(provenance: Provenance) -> str:
-    """Return the lines about the tokens of a soft prompt; "" without one."""
-    soft_prompt = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
-    return "" if soft_prompt is None else SOFT_PROMPT.format(count=soft_prompt.count)
+def soft_prompt_lines(provenance: Provenance, has: int) -> str:
+    """Return the lines about the tokens of a soft prompt; "" without one.
+
+    Args:
+        provenance: What the model was made of.
+        has: Tokens of the soft prompt that the model has, whichever stage trained it.
+    """
+    trained = None if provenance.model.peft is None else soft_prompt_settings(provenance.model.peft)
+    if trained is not None:
+        others = "; all other\nweights of the language model are the base model's"
+        return SOFT_PROMPT.format(count=trained.count, others=others)
+    return SOFT_PROMPT.format(count=has, others=" by an earlier stage") if has else ""
 
 
-def control_token_lines(provenance: Provenance) -> str:
-    """Return the lines about control tokens; "" without any."""
-    names = provenance.model.control_tokens
-    if names is None:
+def control_token_lines(names: Sequence[str]) -> str:
+    """Return the lines about control tokens, given from worst to best; "" without any."""
+    if not names:
         return ""
     return CONTROL.format(best=names[-1], others=", ".join(f"`{name}`" for name in names[:-1]))
 

@@ -12,7 +12,7 @@ import numpy as np
 from data import sources
 from data.error_lines import shorten
 from data.group_rows import ROWS_AT_ONCE
-from data.records import Ranking, jsonl_writer, judged_pairs, prompt_key
+from data.records import Ranking, is_usable, jsonl_writer, judged_pairs, prompt_key
 from data.row_reader import records
 from data.source import Loaded
 from data.streams import position_of
@@ -51,6 +51,8 @@ class Read:
     """The position of its prompt, as of `position_of`."""
     pairs: array = dataclasses.field(default_factory=lambda: array("i"))
     """Its usable pairs."""
+    usable: array = dataclasses.field(default_factory=lambda: array("b"))
+    """Whether it has a usable pair or a label."""
     labelers: array = dataclasses.field(default_factory=lambda: array("i"))
     """The index of its labeler in `names`; -1 where none is named."""
     names: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -60,6 +62,7 @@ class Read:
         """Remember a ranking."""
         self.positions.append(position_of(prompt_key(ranking.prompt)))
         self.pairs.append(usable_pairs(ranking))
+        self.usable.append(is_usable(ranking))
         name = ranking.labeler
         self.labelers.append(-1 if name is None else self.names.setdefault(name, len(self.names)))
 
@@ -98,7 +101,7 @@ def split_given(source: Source, shares: Shares, folder: Path, session: Session, 
     if split.count(kept_rankings.JUDGE) or (shares.judge and shares.is_set):
         names["judge"] = kept_rankings.JUDGE
     for name, side in names.items():
-        refuse_no_pair(name, split.count(side), int(np.asarray(read.pairs)[split.sides == side].sum()))
+        refuse_no_pair(name, split.count(side), int(np.asarray(read.usable)[split.sides == side].sum()))
     with contextlib.ExitStack() as stack:
         files = {side: stack.enter_context((folder / f"{name}.jsonl").open("wb")) for name, side in names.items()}
         for line, side in zip(stack.enter_context(whole.open("rb")), split.sides.tolist(), strict=True):

@@ -11,6 +11,7 @@ from data import sources
 from data.encode import encode_prompts, encode_responses
 from data.error_lines import shorten
 from data.group_rows import (
+    COLUMNS,
     ROWS_AT_ONCE,
     EncodedRanking,
     GroupRows,
@@ -122,7 +123,12 @@ def published(file: Path) -> ReaderSource:
 
 
 def load_groups(
-    file: Path, tokenizer: Any, limit: LengthLimit, cache: RowCache | None = None, with_ties: bool = False
+    file: Path,
+    tokenizer: Any,
+    limit: LengthLimit,
+    cache: RowCache | None = None,
+    with_ties: bool = False,
+    with_labels: bool = False,
 ) -> tuple[Sequence[PromptGroup], LengthReport]:
     """Load rankings and encode each prompt with all its responses.
 
@@ -137,26 +143,33 @@ def load_groups(
         cache: Where encoded rankings are kept, for a run that resumes or starts again; None: in
             memory only.
         with_ties: Whether to return groups that have ties only, too.
+        with_labels: Whether to return groups with a label of a response, and no others.
 
     Returns:
         The groups with at least one usable pair, and a report on rows that were cut or dropped.
 
     Raises:
-        UserError: No usable pair is left.
+        UserError: No usable pair is left, or no label.
     """
     limiter = LengthLimiter(limit.max_length, limit.on_too_long, "ranking", limit.section)
     if cache is None:
-        groups, report = groups_of(encoded_rankings(file, tokenizer, limiter), with_ties), limiter.finished()
+        groups, report = (
+            groups_of(encoded_rankings(file, tokenizer, limiter), with_ties, with_labels),
+            limiter.finished(),
+        )
     else:
-        groups, report = cached_groups(file, tokenizer, limiter, cache, with_ties)
+        groups, report = cached_groups(file, tokenizer, limiter, cache, with_ties, with_labels)
+    if with_labels and len(groups):
+        return groups, report
     if not count_pairs(groups):
-        problem = "no usable pair (all ties, unjudged, dropped or equal within max_length)"
+        problem = "no label and no usable pair" if with_labels else "no usable pair"
+        problem += " (all ties, unjudged, dropped or equal within max_length)"
         raise UserError([f"{file}: {problem}; `rlhf data check {file} -c CONFIG` says more"])
     return groups, report
 
 
 def cached_groups(
-    file: Path, tokenizer: Any, limiter: LengthLimiter, cache: RowCache, with_ties: bool
+    file: Path, tokenizer: Any, limiter: LengthLimiter, cache: RowCache, with_ties: bool, with_labels: bool
 ) -> tuple[GroupRows, LengthReport]:
     """Return the groups of a file of rankings, encoded now or earlier.
 
@@ -166,6 +179,7 @@ def cached_groups(
         limiter: The limit of prompt and response together.
         cache: Where encoded rankings are kept.
         with_ties: Whether to return groups that have ties only, too.
+        with_labels: Whether to return groups with a label of a response, and no others.
 
     Returns:
         The groups, and the report on rows that were cut or dropped.
@@ -179,9 +193,9 @@ def cached_groups(
             write_groups(paths["arrow"], paths["index"], encoded_rankings(file, tokenizer, limiter, note))
         return dataclasses.asdict(limiter.finished())
 
-    made_of = [integrity.sha256_file(file), [limiter.max_length, limiter.on_too_long]]
+    made_of = [integrity.sha256_file(file), [limiter.max_length, limiter.on_too_long], COLUMNS]
     report = cache.entry(name, ("arrow", "index"), made_of, write)
-    groups = read_groups(cache.path(name, "arrow"), cache.path(name, "index"), with_ties)
+    groups = read_groups(cache.path(name, "arrow"), cache.path(name, "index"), with_ties, with_labels)
     return groups, LengthReport(**report)
 
 

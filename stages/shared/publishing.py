@@ -33,13 +33,21 @@ def publish_model(
     """
     from stages.models.adapter_folder import BASE, method_in
     from stages.models.adapters import name_of_base, save_merged, unwrapped
+    from stages.models.control_tokens import control_ids
+    from stages.models.soft_prompts import soft_prompt_ids
 
-    published = artifact_of(provenance, folder)
+    published, inner = artifact_of(provenance, folder), unwrapped(model)
+    card = replace(
+        card,
+        in_place=method_in(inner),
+        soft_prompt=len(soft_prompt_ids(inner)),
+        control_tokens=tuple(tokenizer.convert_ids_to_tokens(control_ids(inner))),
+    )
     save_merged(
         model,
         tokenizer,
         folder,
-        card=card_text(provenance, replace(card, in_place=method_in(unwrapped(model)))),
+        card=card_text(provenance, card),
         base=card.adapter or ("", None),
         temperature=temperature,
         dtype=publish_dtype(provenance, card.source),
@@ -54,8 +62,7 @@ def artifact_of(provenance: Provenance, folder: Path) -> Path:
         provenance: What the model was made of.
         folder: The folder, inside `provenance.publish`.
     """
-    artifact = next(iter(provenance.inputs.values())).parent / provenance.stage
-    return artifact / folder.relative_to(provenance.publish)
+    return provenance.publish.parent / folder.relative_to(provenance.publish)
 
 
 def publish_dtype(provenance: Provenance, source: Path) -> str | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from pipeline.config.checks import PREFIX_TOKENS
 from pipeline.errors import UserError
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from pipeline.stage import StageRun
 from stages.settings.checks import context_of, too_long_for
 from stages.settings.reward_base import own_names
@@ -28,9 +28,10 @@ class Runtime:
     """How a stage computes: where, in which numbers, and how rows go through its models."""
 
     device: str
-    """"cpu" or "cuda"."""
+    """"cpu", "cuda" or "mps"."""
     dtype: str
-    """"float32" or "bfloat16": what products are computed in; trained weights stay float32."""
+    """"float32", "bfloat16" or "float16": what products are computed in; trained weights stay
+    float32."""
     attention: str
     """Attention kernel, as model.attn_implementation."""
     sharded: bool
@@ -68,41 +69,48 @@ def with_accelerator(runtime: Runtime) -> Runtime:
 
 
 def make_accelerator(device: str, dtype: str) -> Any:
-    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype`."""
+    """Return accelerate's Accelerator: device, backward pass, autocast to `dtype`.
+
+    With float16 it has a gradient scaler, with which its backward pass scales every loss.
+    """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
+
+    from stages.models.precision import MIXED, compute_in_float16
 
     # We accumulate sums divided by counts of the whole batch. Without this, a setting of the
     # launcher in the environment would divide once more.
     once = GradientAccumulationPlugin(num_steps=1)
-    mixed = "bf16" if dtype == "bfloat16" else "no"
-    return Accelerator(cpu=device == "cpu", mixed_precision=mixed, gradient_accumulation_plugin=once)
+    # accelerate keeps one device and dtype a process; an earlier experiment may have had others
+    if (shared := AcceleratorState._shared_state) and (
+        shared.get("_mixed_precision") != MIXED[dtype] or shared["device"].type != device
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=MIXED[dtype], gradient_accumulation_plugin=once)
+    if dtype == "float16":
+        compute_in_float16(accelerator)
+    return accelerator
 
 
 def device_of(experiment: Any) -> str:
-    """Return "cpu" or "cuda", as launch.device asks ("auto": a GPU if there is one)."""
-    import torch
-
-    device = experiment.launch.device
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return "cpu", "cuda" or "mps", as launch.device asks ("auto": a GPU if there is one)."""
+    return devices.kind_of(experiment.launch.device)
 
 
 def dtype_of(experiment: Any) -> str:
-    """Return "float32" or "bfloat16", as model.dtype asks.
+    """Return "float32", "bfloat16" or "float16", as model.dtype asks.
 
-    "auto" gives bfloat16 where the hardware computes in it.
+    "auto" gives bfloat16 where the hardware computes in it, and float16 on other CUDA GPUs.
     """
-    import torch
-
-    dtype = experiment.model.dtype
+    dtype, device = experiment.model.dtype, device_of(experiment)
     if dtype != "auto":
         return dtype
-    if experiment.launch.device != "cpu" and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    cpu = torch.cpu.get_capabilities()
-    return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16") else "float32"
+    if not devices.is_there(device):  # a GPU whose memory is computed elsewhere
+        device = "cpu"
+    if devices.has_native_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device == "cuda" else "float32"
 
 
 def is_sharding(experiment: Any) -> bool:

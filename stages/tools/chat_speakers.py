@@ -205,7 +205,7 @@ def reply(speaker: Speaker, text: str, settings: "Settings", turn: int, dtype: s
         text: The question.
         settings: How answers are sampled.
         turn: The number of the question; every turn samples with another seed.
-        dtype: "float32" or "bfloat16", which products are computed in.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
         judge: Scores the answer; None scores nothing.
 
     Returns:
@@ -313,7 +313,7 @@ def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> lis
     Args:
         speaker: The policy.
         request: Prompt, seed and limits.
-        dtype: "float32" or "bfloat16", which products are computed in.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
 
     Raises:
         EngineLost: The policy's vLLM fails.
@@ -322,8 +322,7 @@ def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> lis
         return speaker.engine.sample(request)
     from functools import partial
 
-    import torch
-
+    from stages.models.precision import casting
     from stages.rollouts.engine import EngineSpec
     from stages.rollouts.transformers import TransformersEngine
 
@@ -334,7 +333,7 @@ def sample_answer(speaker: Speaker, request: "SampleRequest", dtype: str) -> lis
         log=Path(),
         device=device,
         dtype=dtype,
-        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
+        autocast=partial(casting, device.type, dtype),
         pad_id=speaker.tokenizer.pad_token_id,
         max_length=UNBOUNDED,
         batch_size=1,
@@ -363,13 +362,14 @@ def score_answer(
         chat_ids: The ids of the conversation through the chat template.
         response: The answer's ids.
         finished: Whether the answer ended by itself.
-        dtype: "float32" or "bfloat16", which products are computed in.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
     """
     import torch
 
     from data.encode import decode_response
     from data.groups import make_rows
     from stages.models.forward import response_scores
+    from stages.models.precision import casting
     from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.objectives.rewards import final_scores
 
@@ -385,6 +385,6 @@ def score_answer(
         pad_id = judge.reader.tokenizer.pad_token_id
     device = next(judge.model.parameters()).device
     rows = make_rows(prompts, responses, pad_id).to(device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.no_grad(), casting(device.type, dtype):
         raw = response_scores(judge.model, rows).float().cpu()
     return final_scores(raw, torch.tensor([finished]), judge.missing_eos_score).item()

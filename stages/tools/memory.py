@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
+from pipeline.launch import devices
 from stages.models.adapters import AdapterSettings
 from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
@@ -62,7 +61,7 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
 
     Args:
         experiment: The validated experiment.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "mps".
         trust_remote_code: Whether code that the model brings may run.
     """
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), groups(experiment)
@@ -152,8 +151,8 @@ def of_ppo(
         experiment: The validated experiment.
         config: transformers' configuration of the model.
         take: Takes a step, as `take_step` with all but its steps given.
-        dtype: "float32" or "bfloat16".
-        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "mps".
         second: The configuration of the reward model; None: the same one.
         passes: Passes micro-batches through frozen models, as `take_passes`; read with `second`.
     """
@@ -203,7 +202,7 @@ def of_ppo(
     kept = policy * (c.publish_ema + (c.keep == "best"))
     sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // processes(experiment)))
     cache = cache_of(config, sampled, sum(width), dtype)
-    cast = policy // 2 if dtype == "bfloat16" else 0
+    cast = policy // 2 if dtype != "float32" else 0
     if shares > 1:  # a whole copy, with its linear layers cast
         cast = sizes.frozen["policy"]
     sizes = replace(sizes, weights=weights // shares)
@@ -218,7 +217,7 @@ def of_rankings(experiment: Any, config: Any, passes: Callable, dtype: str) -> N
         experiment: The validated experiment.
         config: transformers' configuration of the model.
         passes: Passes micro-batches through frozen models, as `take_passes`.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
     """
     c, shares = experiment.rankings, sharers(experiment)
     # another engine's samples are checked a few at a time; what the policy samples is more
@@ -251,7 +250,7 @@ def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str, seco
         experiment: The validated experiment.
         config: transformers' configuration of the model.
         passes: Passes micro-batches through frozen models, as `take_passes`.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
         second: The configuration of the reward models; None: the same one.
     """
     second = config if second is None else second
@@ -334,7 +333,7 @@ def groups(experiment: Any) -> int:
 
 def dtype_for(experiment: Any, device: str) -> str:
     """Return the dtype of products; "auto" on a GPU that this machine does not have is bfloat16."""
-    if experiment.model.dtype == "auto" and device == "cuda" and not torch.cuda.is_available():
+    if experiment.model.dtype == "auto" and not devices.is_there(device):
         return "bfloat16"
     return dtype_of(experiment)
 

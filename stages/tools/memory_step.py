@@ -38,8 +38,8 @@ from stages.models.soft_prompts import assume_soft_prompt
 from stages.objectives.logprobs import token_logprobs
 from stages.training.trainee import make_trainee
 
-WIDTH = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number. On shapes, float16 is computed as bfloat16, which is as wide."""
 Lengths = list[tuple[int, list[int]]]
 """The length of each prompt, and the lengths of its responses."""
 
@@ -133,8 +133,8 @@ def take_step(
         config: transformers' configuration of the model.
         steps: A micro-batch of each model that trains, in order.
         adapter: How adapters are trained.
-        dtype: "float32" or "bfloat16", which products are computed in.
-        device: "cpu" or "cuda", which decides how rows are packed.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
+        device: "cpu", "cuda" or "mps", which decides how rows are packed.
         checkpointing: Whether activations are recomputed in the backward pass.
         attention: `model.attn_implementation`.
         parts: How many processes hold a shard of each weight (fsdp2). A layer's gradients are then
@@ -153,7 +153,7 @@ def take_step(
         for name, model in made.items():
             model.to_empty(device="cpu")
             unwrapped(model).tie_weights()
-            if dtype == "bfloat16":
+            if dtype != "float32":
                 cast_frozen(model, torch.bfloat16)
             if parts == 1:
                 share_frozen(model, list(models.values()), same=lambda *_: True)
@@ -174,7 +174,7 @@ def take_step(
                     if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
                         apart += [p.grad for p in trainable_parameters(model).values()]
                         model.zero_grad(set_to_none=True)
-                    casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
+                    casts = {"enabled": dtype != "float32", "cache_enabled": parts == 1}
                     with torch.autocast("cpu", torch.bfloat16, **casts):
                         loss = forward(model, step, faked(batch, tokens), device)
                     loss.sum().backward()
@@ -211,8 +211,8 @@ def take_passes(
     Args:
         config: transformers' configuration of the model.
         steps: The micro-batches, each with its model.
-        dtype: "float32" or "bfloat16", which products are computed in.
-        device: "cpu" or "cuda", which decides how rows are packed.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
+        device: "cpu", "cuda" or "mps", which decides how rows are packed.
         attention: `model.attn_implementation`.
         parts: How many processes hold a shard of each weight (fsdp2).
 
@@ -231,10 +231,10 @@ def take_passes(
         for model in made.values():
             model.requires_grad_(False).to_empty(device="cpu")
             unwrapped(model).tie_weights()
-            if dtype == "bfloat16":
+            if dtype != "float32":
                 cast_frozen(model, torch.bfloat16)
         weights = live.most = live.now
-        casts = {"enabled": dtype == "bfloat16", "cache_enabled": parts == 1}
+        casts = {"enabled": dtype != "float32", "cache_enabled": parts == 1}
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, **casts):
             for step, batch, tokens in zip(steps, real, read, strict=True):
                 forward(made[step.model].eval(), step, faked(batch, tokens), device)
@@ -321,7 +321,7 @@ def forward(model: nn.Module, step: Step, batch: Any, device: str) -> Tensor:
         model: The model.
         step: The micro-batch.
         batch: Its rows, from `faked`.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "mps".
     """
     inner, words = unwrapped(model), step.head in ("text", "logits", "logprobs")
     if step.width:
@@ -331,7 +331,7 @@ def forward(model: nn.Module, step: Step, batch: Any, device: str) -> Tensor:
         rows, read = batch
         options = trunk_options(rows)
         if "packing" in options:  # a GPU gathers rows, but fake tensors claim to be on a CPU
-            options["packing"].__dict__["short"] = device == "cuda" or options["packing"].short
+            options["packing"].__dict__["short"] = device != "cpu" or options["packing"].short
         inputs, places = {"input_ids": rows.input_ids, **options}, rows.last if step.head == "scores" else read
     if step.head == "logits" or (words and not head_is_linear(inner)):
         return token_logprobs(model(**inputs).logits.flatten(0, 1).index_select(0, places).float(), read)
@@ -373,7 +373,7 @@ def gathered_at_once(model: nn.Module) -> int:
 
 def frozen_size(model: nn.Module, dtype: str) -> int:
     """Return the bytes of a model if no weight trained and none were quantized."""
-    whole = castable(model) if dtype == "bfloat16" else []
+    whole = castable(model) if dtype != "float32" else []
     packed = [layer for layer in model.modules() if isinstance(layer, Quantized)]
     held = sum(p.nbytes for layer in packed for name, p in layer.named_parameters() if name != "bias")
     floats = sum(layer.in_features * layer.out_features * WIDTH[dtype] for layer in packed)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pipeline.launch import devices
+
 COLUMNS = ("weights", "moments", "kept", "step", "sampling")
 
 
@@ -16,7 +18,6 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     Returns:
         The exit code, 0.
     """
-    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -35,7 +36,7 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
             table.add_row(need.stage, *[readable(size) for size in sizes], readable(need.most))
             most = max(most, need.most)
     console.print(table)
-    holder = "each GPU" if device == "cuda" else "each process on the CPU"
+    holder = "each process on the CPU" if device == "cpu" else "each GPU"
     console.print(
         f"\nThe most that {holder} will hold, with the longest rows that the settings allow. moments: of Adam; kept: "
         f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
@@ -48,30 +49,27 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
         console.print(
             f"vLLM takes {share} in addition, throughout {' and '.join(stages)} (launch.vllm.gpu_memory_utilization)."
         )
-    warn_if_too_much(experiment, device, most, torch.cuda.is_available(), console)
+    warn_if_too_much(experiment, device, most, console)
     return 0
 
 
-def warn_if_too_much(experiment: Any, device: str, most: int, has_gpu: bool, console: Any) -> None:
+def warn_if_too_much(experiment: Any, device: str, most: int, console: Any) -> None:
     """Print a line if this machine has less memory than an experiment needs.
 
     Args:
         experiment: The validated experiment.
-        device: "cuda" or "cpu"; a GPU that this machine does not have is not checked.
+        device: "cuda", "mps" or "cpu"; a GPU that this machine does not have is not checked.
         most: The most bytes that a process needs.
-        has_gpu: Whether this machine has a GPU.
         console: A rich Console.
     """
-    import torch
-
     from stages.tools.doctor_machine import memory_gb
 
-    if (device == "cuda") != has_gpu:
+    if not devices.is_there(device):
         return
-    if has_gpu:
-        room = torch.cuda.mem_get_info()[1] / 1e9
+    gpu, room = devices.total_memory(device), memory_gb()[0]
+    if gpu is not None:
+        room = gpu / 1e9
     else:
-        room = memory_gb()[0]
         most *= experiment.launch.processes  # the processes share this machine's memory
     if most > room * 1e9:
         console.print(

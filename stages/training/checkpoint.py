@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.launch import parallel
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.sharding import gather_tensors, is_sharded, shard_like
+from stages.training.scaling import Scaling
 from stages.training.selection import Best
 from stages.training.session import Session
 from stages.training.trainee import Average, Trainee, parameter_groups
@@ -34,6 +35,8 @@ class TrainingState:
     """An average of the first trainee's weights; None: the stage has none."""
     carried: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Groups of tensors that an earlier training of the same stage left, by name."""
+    scaling: Scaling = field(default_factory=Scaling)
+    """The gradient scaler of float16."""
 
 
 def save_checkpoint(session: Session, step: int, total: int, training: TrainingState, state: dict) -> None:
@@ -56,6 +59,7 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
         tensors[trainee.name] = trainee.tensors()
         tensors[f"{trainee.name}_optimizer"], state[f"{trainee.name}_optimizer"] = optimizer_tensors(trainee.optimizer)
     state["best"] = training.best.state()
+    state |= training.scaling.state()
     if training.best.tensors:
         tensors["best"] = training.best.tensors
     # check the disk before all-gathering shards, which takes a while
@@ -96,6 +100,7 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
         with keep_optimizer_settings(trainee.optimizer):
             load_optimizer(trainee.optimizer, shard_optimizer_tensors(trainee.optimizer, tensors), saved)
     training.best.restore(checkpoint)
+    training.scaling.restore(checkpoint.state)
     if average is not None and average.decay is not None:
         if (checkpoint.path / "average.safetensors").is_file():
             parameters = training.trainees[0].parameters

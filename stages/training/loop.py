@@ -3,6 +3,7 @@
 PPO has a loop of its own, of the same pieces.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from torch import Tensor
 from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
 from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
+from stages.training.scaling import Scaling, new_scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
-from stages.training.trainee import Trainee, optimizer_step
+from stages.training.trainee import Trainee, optimizer_step, stop_training
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Task:
     """Evaluate on held-out rows, and call the argument between two forward passes: it may raise."""
     samples: Callable[[], list[dict]] | None = None
     """Return rows for samples.jsonl, after each evaluation; None: no samples."""
+    prepare: Callable[[Sequence[int]], None] | None = None
+    """Rows of the batch → what its micro-batches need of the whole of it, computed on all ranks
+    together before the first of them; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def fit(
     """
     steps, first, total = schedule.total, phase.first, phase.last(schedule.total)
     best, pending = selection.start(), PendingEvaluation()
-    training = TrainingState([trainee], best, carried=phase.tensors)
+    scaling = new_scaling(accelerator)
+    training = TrainingState([trainee], best, carried=phase.tensors, scaling=scaling)
     step, saved_state = load_checkpoint(session, training, steps, first)
     if step > 0:
         check_row_order(session.stage, saved_state)
@@ -117,7 +123,8 @@ def fit(
             batch = task.order[(step - 1) * task.batch_size : step * task.batch_size]
             rate = schedule.rate_at(step)
             logged = accumulate_gradients(accelerator, trainee, task, batch, session.collective)
-            logged["grad_norm"] = optimizer_step(trainee, rate, step)
+            logged["grad_norm"] = scaled_step(trainee, scaling, rate, step)
+            logged |= scaling.figures()
             tokens = sum(task.costs[i] for i in batch)
             session.tracker.log(first + step, logged | {"lr": rate}, time.perf_counter() - began, tokens)
             progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", selection.judge)})
@@ -132,7 +139,29 @@ def fit(
         trainee.load(best.tensors)
         figures = {}  # the last evaluation's are those of other weights
     figures = figures or task.evaluate(lambda: None)
-    return {**figures, "best_step": best.step, "steps": step}
+    return {**figures, "best_step": best.step, "steps": step, **scaling.skips()}
+
+
+def scaled_step(trainee: Trainee, scaling: Scaling, learning_rate: float, step: int) -> float:
+    """Take an optimizer step, or skip it if its gradient overflows float16.
+
+    Args:
+        trainee: The model, with its gradient.
+        scaling: How the loss was scaled.
+        learning_rate: The rate of this step.
+        step: The step's index, for the error line.
+
+    Returns:
+        The gradient's norm before clipping; NaN of a step that was skipped.
+
+    Raises:
+        TrainingStopped: The gradient is not finite, at any scale; no step is taken.
+    """
+    if not scaling.overflow([trainee]):
+        return optimizer_step(trainee, learning_rate, step)
+    if problem := scaling.problem(step):
+        stop_training(f"{trainee.name}: {problem}")
+    return math.nan
 
 
 def accumulate_gradients(
@@ -151,6 +180,8 @@ def accumulate_gradients(
         The sums of the loss's figures over the batch.
     """
     figures: dict[str, float] = {}
+    if task.prepare is not None:
+        task.prepare(batch)
     parts = list(task.cut(parallel.rows_of_this_rank(batch, [task.costs[i] for i in batch])))
     # Sharded weights are all-gathered in each pass: a rank that has fewer micro-batches than others
     # joins in with a spare one of weight 0.

@@ -16,6 +16,7 @@ from pipeline.store.cache import Cache
 from pipeline.tracking import Tracker
 from stages.models.adapters import adapter_off, is_adapted
 from stages.models.forward import response_logprobs
+from stages.models.precision import require_finite
 from stages.models.sharding import is_sharded
 from stages.objectives.logprobs import sequence_logps
 from stages.shared.runtime import Runtime
@@ -66,6 +67,7 @@ class Reference:
         for rows, logps in zip(parts, computed, strict=True):
             by_index.update(zip(rows, logps, strict=True))
         ordered = [by_index[i] for i in range(len(groups))]
+        require_finite(torch.cat(ordered), "dpo: log-probabilities of the reference")
         self.cache.remember(name, digest, {"logps": torch.cat(ordered)})
         return ordered
 

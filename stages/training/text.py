@@ -35,6 +35,7 @@ from stages.training.batching import micro_batches
 from stages.training.checkpoint import check_row_order, check_steps_left
 from stages.training.loop import WHOLE_STAGE, Phase
 from stages.training.residual_dropout import check_residual_dropout, residual_dropout
+from stages.training.scaling import new_scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
@@ -172,10 +173,11 @@ def train_language_model(
         check_cuts_rows(model)
     rows = dataset_of(task.train_rows, order)
     trainer = make_trainer(model, arguments, tokenizer, rows, runtime.sharded, optimization)
+    scaling = new_scaling(trainer.accelerator)
     with trainer.accelerator.autocast():
         check_model(trainer.model, optimization)
     hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
-    hooks.draws = optimization.draws
+    hooks.draws, hooks.scaling = optimization.draws, scaling
     trainer.add_callback(hooks.callback())
     checkpoint = newest_checkpoint(session, phase, steps)
     # Ours first: `before_training` runs inside trainer.train, and asks what is owed.
@@ -184,14 +186,16 @@ def train_language_model(
             check_row_order(session.stage, checkpoint.state)
         hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
+        scaling.restore(checkpoint.state)
     has_adapter = is_adapted(trainer.model) or stays_in_model(trainer.model)
-    if has_adapter and runtime.dtype == "bfloat16":
-        cast_frozen(trainer.model, torch.bfloat16)
+    if has_adapter and runtime.dtype != "float32":
+        cast_frozen(trainer.model, getattr(torch, runtime.dtype))
     if task.announce is not None and phase.first == 0:
         task.announce(trainer.model)
     written = None if checkpoint is None else checkpoint.path / "trainer"
     if runtime.sharded:
         trainer.shard_model(written)
+    choose_optimizer(trainer)
     with session.tracker.progress(
         hooks.total, session.stage, checkpoint.step if checkpoint else phase.first
     ) as progress:
@@ -211,7 +215,8 @@ def train_language_model(
     loss = hooks.held_out_loss(trainer.model, lambda: False)
     model = publishable(trainer.accelerator.unwrap_model(trainer.model), make).eval()
     unwrapped(model).config.use_cache = False
-    return model, {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
+    figures = {"loss": loss, "perplexity": perplexity_of(loss), "best_step": hooks.best.step, "steps": step}
+    return model, figures | scaling.skips()
 
 
 def check_model(model: nn.Module, optimization: Optimization) -> None:
@@ -266,6 +271,9 @@ def trainer_arguments(
         max_grad_norm=optimization.max_grad_norm,
         use_cpu=runtime.device == "cpu",
         bf16=runtime.dtype == "bfloat16",
+        fp16=runtime.dtype == "float16",
+        # Fused AdamW skips a step by itself, inside: AdaLoRA's would go on with the rest of it.
+        **({"optim": "adamw_torch"} if runtime.dtype == "float16" else {}),
         activation_checkpointing=runtime.gradient_checkpointing,
         train_sampling_strategy="sequential",  # rows come in our order
         eval_strategy="no",  # `held_out_loss` is a mean over tokens, where transformers averages batches
@@ -329,14 +337,21 @@ def make_trainer(
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
         trainer = trainer_class(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
-    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(arguments)
-    assert optimizer_class is torch.optim.AdamW
-    optimizer_class, more = adamw_for(trainer.model, arguments.max_steps)  # AdaLoRA has one of its own
-    trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
     # They print to stdout between our own lines.
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+def choose_optimizer(trainer: Any) -> None:
+    """Let a trainer make its optimizer as our own loops do.
+
+    AdaLoRA's holds parameters of the model, which sharding replaces: so this comes after it.
+    """
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    assert optimizer_class is torch.optim.AdamW
+    optimizer_class, more = adamw_for(trainer.model, trainer.args.max_steps)
+    trainer.optimizer_cls_and_kwargs = (optimizer_class, options | more)
 
 
 def make_hooks(

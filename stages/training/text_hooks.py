@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stages.models.adalora import triplets_of
 from stages.models.adapters import trainable_parameters
 from stages.models.sharding import gather_tensors
 from stages.training.loop import Phase
+from stages.training.scaling import Scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Best
 from stages.training.session import PendingEvaluation, Session
@@ -63,6 +64,12 @@ class TextHooks:
     """Whether an evaluation is owed."""
     draws: bool = False
     """Whether steps draw random numbers for dropout or noise, apart from an adapter's dropout."""
+    scaling: Scaling = field(default_factory=Scaling)
+    """The gradient scaler of float16."""
+    scale_before: float = 1.0
+    """The scale that the present step began with."""
+    overflowed: bool = False
+    """Whether the scaler has skipped the last step."""
     progress: Any = None
     """The progress line, while the training runs."""
     step_began: float = 0.0
@@ -84,7 +91,9 @@ class TextHooks:
 
         The rate is set at every step: transformers' scheduler writes a constant there after each.
         """
-        if not math.isfinite(gradient_norm(model.parameters())):
+        self.scale_before = self.scaling.scale
+        # the scaler skips the step of such a gradient by itself
+        if self.scaling.scaler is None and not math.isfinite(gradient_norm(model.parameters())):
             step = self.stage_step(state) + 1
             stop_training(f"{self.session.stage}: the gradient at step {step} is not finite")
         for group in optimizer.param_groups:
@@ -108,7 +117,8 @@ class TextHooks:
         if "loss" not in logs:  # transformers' summary of the run
             return
         rate, tokens = self.schedule.rate_at(state.global_step), self.step_tokens(state.global_step)
-        row = {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": rate}
+        norm = math.nan if self.overflowed else logs.get("grad_norm")
+        row = {"loss": logs["loss"], "grad_norm": norm, "lr": rate} | self.scaling.figures()
         self.session.tracker.log(self.stage_step(state), row, self.step_seconds, tokens)
         self.progress.update(self.stage_step(state), loss=logs["loss"])
 
@@ -151,8 +161,15 @@ class TextHooks:
             raise NoStepLeft
 
     def after_step(self, model: nn.Module, state: Any, control: Any) -> None:
-        """Evaluate, save and stop where that is due."""
+        """Evaluate, save and stop where that is due.
+
+        Raises:
+            TrainingStopped: The gradient overflows float16 at any scale.
+        """
         self.step_seconds = time.perf_counter() - self.step_began
+        self.overflowed = self.scaling.lost(self.scale_before)
+        if self.overflowed and (problem := self.scaling.problem(self.stage_step(state))):
+            stop_training(f"{self.session.stage}: {problem}")
         if state.global_step % self.eval_steps == 0 or state.global_step == self.schedule.total:
             with suppress(EvaluationCutShort):  # the checkpoint below says that it is owed
                 self.evaluate(model, state, control)
@@ -183,7 +200,8 @@ class TextHooks:
         tensors = dict(self.phase.tensors)
         if self.best.tensors:
             tensors["best"] = gather_tensors(self.best.tensors)
-        saved_state = self.phase.state | {"best": self.best.state(), "row_order": ORDER_VERSION} | self.pending.state()
+        saved_state = self.phase.state | {"best": self.best.state(), "row_order": ORDER_VERSION}
+        saved_state |= self.pending.state() | self.scaling.state()
         self.session.checkpoints.adopt(folder, self.stage_step(state), self.total, saved_state, tensors)
 
     def callback(self) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.launch import parallel
+from pipeline.launch import devices, parallel
 from stages.models.adapters import unwrapped
 from stages.models.context_parallel import own_part
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
@@ -23,6 +23,7 @@ from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_
 from stages.training.text_hooks import weights_of
 
 TRAINED = "trained.safetensors"
+MPS_STATE = "rng_state_mps.safetensors"
 
 
 def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
@@ -94,9 +95,30 @@ def no_routers(kind: str) -> str:
 
 
 def with_current_settings(trainer_class: type) -> type:
-    """Resume with today's AdamW settings. transformers would take those of the checkpoint."""
+    """Resume with today's AdamW settings. transformers would take those of the checkpoint.
+
+    The gradient scaler is resumed by our own checkpoint (`Scaling`), which also counts; and
+    transformers does not save the random numbers of Apple's GPU.
+    """
 
     class CurrentSettingsTrainer(trainer_class):
+        def _save_scaler(self, output_dir: str) -> None:
+            pass
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            pass
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            super()._save_rng_state(output_dir)
+            if self.args.device.type == "mps":
+                save_file({"state": devices.random_state("mps")}, Path(output_dir) / MPS_STATE)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            super()._load_rng_state(checkpoint)
+            path = Path(checkpoint or "") / MPS_STATE
+            if self.args.device.type == "mps" and path.is_file():
+                devices.set_random_state("mps", load_file(path)["state"])
+
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             with keep_optimizer_settings(self.optimizer):
                 super()._load_optimizer_and_scheduler(checkpoint)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data.group_rows import most_tied
 from data.groups import PromptGroup
 from data.ties import compare, judged_ties, ranked_once, tiers
+from stages.models.sharding import local_shard, replicate_beside
 from stages.objectives.ties import davidson_logprobs, davidson_loss, davidson_luce_logprobs, davidson_luce_loss
 from stages.settings.training import TIE_LOSSES, PreferenceTraining
 
@@ -40,6 +41,11 @@ class TieModel:
         """The parameter to train, by name; nothing where strengths are stated."""
         return {NAME: self.log_strengths} if isinstance(self.log_strengths, nn.Parameter) else {}
 
+    @property
+    def here(self) -> Tensor:
+        """The log strengths as a plain tensor; beside a sharded model each process has its own."""
+        return local_shard(self.log_strengths)
+
     def loss(
         self, groups: Sequence[PromptGroup], utilities: Tensor, prompts: int, by_choices: bool = False
     ) -> tuple[Tensor, dict[str, float]]:
@@ -58,15 +64,15 @@ class TieModel:
         said = compare(groups, by_choices=by_choices).to(utilities.device)
         if self.loss_type == "davidson":
             pairs = (said.first, said.second, said.tied)
-            value = davidson_loss(utilities, *pairs, said.pair_weights, self.log_strengths[0], prompts)
+            value = davidson_loss(utilities, *pairs, said.pair_weights, self.here[0], prompts)
             with torch.no_grad():
-                _, tie = davidson_logprobs(utilities[said.first] - utilities[said.second], self.log_strengths[0])
+                _, tie = davidson_logprobs(utilities[said.first] - utilities[said.second], self.here[0])
                 shares, is_tie, expected = pair_shares(said.first, utilities, groups), said.tied, tie.exp()
         else:
             choices = (said.alternatives, said.is_open, said.chosen)
-            value = davidson_luce_loss(utilities, *choices, said.choice_weights, self.log_strengths, prompts)
+            value = davidson_luce_loss(utilities, *choices, said.choice_weights, self.here, prompts)
             with torch.no_grad():
-                _, single = davidson_luce_logprobs(utilities, *choices, self.log_strengths)
+                _, single = davidson_luce_logprobs(utilities, *choices, self.here)
                 shares, is_tie, expected = said.choice_shares, said.chosen.sum(1) > 1, -torch.expm1(single)
         return value, {
             "ties": (shares * is_tie).sum().item() / prompts,
@@ -75,11 +81,11 @@ class TieModel:
 
     def figures(self) -> dict[str, float]:
         """Return δ of two responses (Davidson's ν), as evaluations.jsonl has it."""
-        return {"tie_strength": self.log_strengths[0].exp().item()}
+        return {"tie_strength": self.here[0].exp().item()}
 
     def published(self) -> dict[str, list[float]]:
         """Return δ of ties of 2, 3, … responses, as the manifest has them."""
-        return {"tie_strengths": self.log_strengths.detach().exp().tolist()}
+        return {"tie_strengths": self.here.detach().exp().tolist()}
 
 
 def pair_shares(first: Tensor, utilities: Tensor, groups: Sequence[PromptGroup]) -> Tensor:
@@ -101,6 +107,7 @@ def tie_model(
     train: Sequence[PromptGroup],
     others: Iterable[Sequence[PromptGroup]],
     device: torch.device | str,
+    model: nn.Module | None = None,
 ) -> TieModel | None:
     """Return the loss that counts ties, if the settings name one.
 
@@ -110,6 +117,7 @@ def tie_model(
         train: The groups to train on, which the first values are fitted on.
         others: Further groups that the loss is computed of.
         device: Where the model computes.
+        model: The model that trains, if it may be sharded.
     """
     named = [name for name in loss_types if name in TIE_LOSSES]
     if not named:
@@ -120,7 +128,7 @@ def tie_model(
         return TieModel(named[0], stated)
     counted = count_choices(islice(iter(train), LOOKED_AT), pairs=named[0] == "davidson")
     start = torch.tensor([math.log(x) for x in strengths_at_equal_scores(counted, largest)], device=device)
-    return TieModel(named[0], nn.Parameter(start))
+    return TieModel(named[0], nn.Parameter(start if model is None else replicate_beside(start, model)))
 
 
 def learned_ties(section: PreferenceTraining, ties: TieModel | None) -> dict[str, Any]:

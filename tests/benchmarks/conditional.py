@@ -13,9 +13,10 @@ For each seed, one world, SFT policy and reward model serve all ways:
   and relabelled by what it turned out to be (Zhang 2023; Lu 2022).
 
 All of them are asked for two answers to each evaluation prompt with the same seeds (best of n for
-one), and judged by the world's gold scorer. Settings were chosen beforehand, on no seed. Prints one
-JSON object for each seed and way, then a Markdown table with means over seeds, their 95 % intervals
-(Student's t over seeds) and the differences to PPO and best of n, paired by seed. Lines are kept in
+one), and judged by the world's gold scorer. Settings of conditional and hindsight (learning rate,
+number of control tokens, rounds) were chosen by gold on seed 10. Prints one JSON object for each
+seed and way, then a Markdown table with means over seeds, their 95 % intervals (Student's t over
+seeds) and the differences to PPO and best of n, paired by seed. Lines are kept in
 results/conditional.jsonl. Run it again to resume after an interruption, or to print the table of
 existing results. --quick runs everything in seconds with a model of a few thousand parameters.
 """
@@ -40,7 +41,7 @@ from pipeline.store.artifacts import ArtifactStore
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SEEDS = (3, 4, 5)
-TOKENS = "model.control_tokens=[<|bad|>, <|good|>]"
+TOKENS = "model.control_tokens=[<|worst|>, <|bad|>, <|good|>, <|best|>]"
 REFERENCES = ("sft", "ppo", "best_of_n")
 """Measured by evaluate; the others are measured here."""
 WAYS = ("demonstrations", "conditional", "hindsight")
@@ -52,10 +53,10 @@ FULL = {
     "evaluation_prompts": 160,
     "common": ["rankings.num_prompts=400", "rankings.judge_fraction=0", "rm.max_steps=100"],
     "demonstrations": ["sft.learning_rate=5e-4", "sft.num_train_epochs=1"],
-    "conditional": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
-    "hindsight": ["sft.learning_rate=5e-4", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
+    "conditional": ["sft.learning_rate=2e-3", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
+    "hindsight": ["sft.learning_rate=2e-3", "sft.num_train_epochs=3", "sft.conditional.missing_eos_score=-3"],
     "per_prompt": 4,
-    "rounds": 4,
+    "rounds": 2,
     "response_length": 32,
 }
 """Sizes and settings. rm and PPO are shorter than in configs/tiny.yaml."""

@@ -241,6 +241,19 @@ class TestNewTokens:
             assert changed == sorted(self.NEW)
 
 
+@pytest.mark.parametrize("tied, single", [(True, []), (False, ["lm_head"])])
+def test_new_rows_train_with_a_module_that_trains_in_full(causal, kind, rows, tied, single):
+    settings = AdapterSettings(method="lora", r=4, modules_to_save=("embed_tokens",))
+    model = with_adapter(causal(kind, tie_word_embeddings=tied), settings, new_tokens=[14, 1])
+    names = [name for name in trainable_parameters(model) if "trainable_tokens" in name]
+    assert [one for name in names for one in ("embed_tokens", "lm_head") if one in name] == single
+    assert any("embed_tokens.modules_to_save" in name for name in trainable_parameters(model))
+    before = response_logprobs(causal(kind, tie_word_embeddings=tied), rows)
+    torch.testing.assert_close(response_logprobs(model, rows), before, rtol=1e-6, atol=1e-6)
+    response_logprobs(model, rows).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in trainable_parameters(model).items() if "tokens" in name)
+
+
 def test_rows_that_a_method_cannot_train_are_refused_by_name(tokenizer):
     new = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
     for method in (None, "lora", "dora", "qlora"):

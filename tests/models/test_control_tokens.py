@@ -13,6 +13,7 @@ from stages.models.forward import response_logprobs, text_logprobs
 from stages.models.loading import load_policy, load_pretrained, load_tokenizer, prepare
 from stages.models.publish import save_model
 from stages.models.soft_prompts import SoftPrompt, add_soft_prompt, soft_prompt_ids
+from stages.models.tokens import agreement_lines, without_control_token
 from stages.rollouts.transformers import Decoding, sample
 from tests.builders import tiny_causal, tiny_tokenizer
 
@@ -48,6 +49,15 @@ def test_a_newline_at_the_end_of_a_template_is_not_written():
     model = tiny_causal("llama", 0, tokenizer)
     ids = add_control_tokens(model, tokenizer, NAMES)
     assert encode_prompt(tokenizer, "is it red ?") == [*plain, ids[-1]]
+
+
+def test_no_template_is_asked_to_write_them_into_answers():
+    """Rows have one before each answer, conversations none: that is no mistake of the template."""
+    model, tokenizer, before, _ = made()
+    plain = without_control_token(tokenizer, model)
+    assert plain.chat_template == before.chat_template and tokenizer.chat_template != before.chat_template
+    assert agreement_lines(plain, {}) == agreement_lines(before, {}) != agreement_lines(tokenizer, {})
+    assert without_control_token(before, tiny_causal("llama", 0, before)) is before
 
 
 def test_a_model_that_has_them_keeps_them():

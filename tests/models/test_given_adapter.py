@@ -74,12 +74,21 @@ def test_a_folder_in_place_of_the_name_is_told(tmp_path):
         ({"target_modules": ["q_proj"]}, "someone/tiny has no layer for .* and 23 more"),
         ({"target_modules": ["no_such"]}, "does not fit someone/tiny"),
         ({"peft_type": 3}, "is not peft's"),
+        ({"peft_type": "BOTTLENECK"}, r"is of a type that the installed peft does not have \(BOTTLENECK\); merge"),
+        ({"new_scale": 3.0, "other": None, "unsloth_fixed": True}, r"does not know and would leave out \(new_scale\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, entries, line):
     trained_elsewhere(tmp_path)
     change(tmp_path, **entries)
     with pytest.raises(UserError, match=f"^model.adapter: .*{line}"):
+        merge_given(base_model(), tmp_path, "someone/tiny")
+
+
+def test_a_whole_model_with_its_adapter_is_told_from_an_adapter(tmp_path):
+    trained_elsewhere(tmp_path)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(UserError, match=r"is a whole model with its adapter; name it in model.name_or_path"):
         merge_given(base_model(), tmp_path, "someone/tiny")
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings, merge_adapter, trainable_parameters, unwrapped, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
-from stages.models.precision import cast_frozen, castable, uncast
+from stages.models.precision import cast_frozen, castable, require_finite, uncast
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -30,6 +31,13 @@ def pair(model):
     other = copy.deepcopy(model)
     cast_frozen(other, HALF)
     return model, other
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    require_finite(torch.tensor([1.0, -2.0]), "dpo: scores")
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"^dpo: scores are not finite: .*; set model.dtype: bfloat16 or float32$"):
+            require_finite(torch.tensor([1.0, bad]), "dpo: scores")
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "dora"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import UserError
 from stages.models.adapters import AdapterSettings, name_of_base, save_merged, with_adapter
 from stages.models.loading import load_policy, load_scalar_model, load_tokenizer
 from stages.models.publish import (
@@ -236,6 +237,17 @@ def test_a_published_dtype_rounds_the_files_and_not_the_model(causal, tokenizer,
     assert {p.dtype for p in read.parameters()} == {torch.float32}
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.dtype == torch.float32
+
+
+def test_float16_is_published_unless_a_weight_is_too_large_for_it(causal, tokenizer, tmp_path):
+    model = causal("llama", vocab_size=len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "half", card="", dtype="float16")
+    assert dtype_of_folder(tmp_path / "half") == "float16"
+    assert {x.dtype for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 70000.0
+    with pytest.raises(UserError, match=r"model.publish_dtype: float16 ends at 65504, and .* reaches 7e"):
+        save_model(model, tokenizer, tmp_path / "large", card="", dtype="float16")
 
 
 def test_a_reward_model_in_half_the_bytes_scores_as_rounded_weights_do(scalar, tokenizer, tmp_path):

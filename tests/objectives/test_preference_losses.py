@@ -9,7 +9,7 @@ import torch
 
 from data.groups import PromptGroup, batch_groups
 from stages.dpo import pair_figures
-from stages.objectives.losses import chosen_loss, dpo_loss, plackett_luce_loss, ranking_loss
+from stages.objectives.losses import chosen_loss, dpo_loss, kto_loss, plackett_luce_loss, ranking_loss
 from stages.objectives.pair_losses import PAIR_LOSSES
 from stages.settings.dpo import LossType
 from stages.settings.training import TIE_LOSSES
@@ -296,8 +296,8 @@ class TestDPO:
             dpo_of(numbers(2), numbers(3), "exo", 0.0)
 
     def test_the_setting_names_every_loss_of_the_table(self):
-        """All others of dpo.loss_type read whole rankings or ties."""
-        assert {*get_args(LossType)} - {"plackett_luce", "sft", *TIE_LOSSES} == set(PAIR_LOSSES)
+        """All others of dpo.loss_type read whole rankings, ties or single responses."""
+        assert {*get_args(LossType)} - {"plackett_luce", "sft", "kto", *TIE_LOSSES} == set(PAIR_LOSSES)
         assert {name for name, _ in DPO} == set(PAIR_LOSSES)
 
 
@@ -326,6 +326,32 @@ def test_micro_batches_of_prompts_add_up_to_the_whole(size, gradient_of):
         parts, parts_gradient = gradient_of(in_parts(function), numbers(2))
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
         torch.testing.assert_close(parts_gradient, gradient, rtol=1e-12, atol=1e-15)
+
+
+class TestKTO:
+    """Test the loss on single responses."""
+
+    good = torch.tensor([True, False, True, False, False])
+    ratios = torch.tensor([0.4, -1.2, -0.3, 2.0, 0.1], dtype=torch.float64)
+
+    def loss(self, ratios, kl=0.7):
+        return kto_loss(ratios, self.good, kl, 0.5, 0.8, 1.3, 5)
+
+    def test_by_hand(self, gradient_of):
+        """The gradient of w (1 − σ(x)) is −w σ(x) σ(−x) times that of x."""
+        found, gradient = gradient_of(self.loss, self.ratios)
+        total, slopes = 0.0, []
+        for ratio, good in zip(self.ratios.tolist(), self.good.tolist(), strict=True):
+            weight, sign = (0.8, 1) if good else (1.3, -1)
+            value = 1 / (1 + math.exp(-sign * 0.5 * (ratio - 0.7)))
+            total += weight * (1 - value) / 5
+            slopes.append(-weight * value * (1 - value) * sign * 0.5 / 5)
+        assert found.item() == pytest.approx(total, rel=1e-12)
+        torch.testing.assert_close(gradient, torch.tensor(slopes, dtype=torch.float64), rtol=1e-12, atol=0)
+
+    def test_enormous_ratios_are_finite(self, gradient_of):
+        found, gradient = gradient_of(self.loss, 1e6 * self.ratios)
+        assert torch.isfinite(found) and torch.isfinite(gradient).all()
 
 
 class TestFigures:

@@ -54,6 +54,20 @@ def test_two_processes_give_the_results_of_one(stage, oracle, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_kl_of_kto_is_that_of_the_whole_batch(oracle, tmp_path):
+    """Two processes and smaller micro-batches estimate what one process does."""
+    roots = [copy_without(oracle, tmp_path / name, "dpo") for name in ("together", "alone")]
+    options = ("dpo.loss_type=kto", "dpo.loss_weights=null", "dpo.undesirable_weight=0.1")
+    runs = [("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options) for root in roots]
+    assert rlhf_together(*runs[0], "dpo.per_device_train_tokens=60") == [0, 0]
+    assert rlhf(*runs[1]) == 0
+    folder, alone = (root / "micro" / "dpo" for root in roots)
+    assert_same_figures(rows_of(folder), rows_of(alone))
+    assert_same_figures(rows_of(folder, "evaluations.jsonl"), rows_of(alone, "evaluations.jsonl"))
+    assert max(row["kl"] for row in rows_of(alone)) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
 def test_each_process_does_about_half_of_the_work(stage, oracle, tmp_path):
     """Count tokens through an embedding, with few held-out evaluations and few demonstrations.

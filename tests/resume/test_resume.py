@@ -368,3 +368,18 @@ def test_learned_tie_strengths_are_resumed(stage, step, loss, oracle, tmp_path):
     assert len(set(strengths)) > 2, "nothing was learned"
     metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
     assert metrics["tie_strength"] == pytest.approx(metrics["tie_strengths"][0])
+
+
+@pytest.mark.slow
+def test_kto_is_resumed_to_the_same_bytes(oracle, tmp_path):
+    """Its estimate of the KL takes the whole batch, and is in no checkpoint."""
+    roots = [copy_without(oracle, tmp_path / name, "dpo") for name in ("whole", "killed")]
+    for root in roots:
+        options = ("dpo.loss_type=kto", "dpo.loss_weights=null", "dpo.undesirable_weight=0.1", "dpo.keep=best")
+        run = ("run", "dpo", "-c", str(CONFIG), "--artifacts", str(root), "--only", *options)
+        if root is roots[1]:
+            assert rlhf(*run, die=("dpo", 5)) == -9
+        assert rlhf(*run) == 0
+    assert published(roots[0] / "micro" / "dpo") == published(roots[1] / "micro" / "dpo")
+    rows = [json.loads(line) for line in (roots[1] / "micro/dpo/metrics.jsonl").open()]
+    assert any(row["kl"] > 0 for row in rows) and all(row["kl"] >= 0 for row in rows)

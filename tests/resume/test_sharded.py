@@ -110,6 +110,33 @@ def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
         assert_same_results(*found, first=1e-3 if BFLOAT16 in settings else 1e-5, later=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, settings",
+    [
+        ("sft", ("sft.peft={method: adalora, r: 2}",)),
+        ("ppo", ("ppo.peft={method: adalora, r: 2}", "ppo.total_episodes=24")),
+        ("sft", ("sft.peft={method: prefix_tuning, num_virtual_tokens: 4}",)),
+        ("rm", ("rm.loss_type=davidson", "rm.label_smoothing=0")),
+    ],
+)
+def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settings, oracle, tmp_path):
+    """Figures are those of ddp; a run that is killed and resumed ends in the same bytes."""
+    found = {}
+    for strategy in ("ddp", "fsdp2"):
+        root = copy_without(oracle, tmp_path / strategy, stage)
+        run = command(stage, root, f"launch.strategy={strategy}", *settings)
+        assert rlhf_together(*run, one_reads=strategy == "fsdp2") == [0, 0]
+        found[strategy] = root / "micro" / stage
+    assert_same_results(found["fsdp2"], found["ddp"], first=1e-4, later=1e-2)
+    whole = published(found["fsdp2"])
+    root = copy_without(oracle, tmp_path / "killed", stage)
+    run = command(stage, root, FSDP, *settings)
+    assert -signal.SIGKILL in rlhf_together(*run, die=(0, stage, 3 if stage == "ppo" else 5), seconds=60)
+    assert rlhf_together(*run, one_reads=True) == [0, 0]
+    assert published(root / "micro" / stage) == whole
+
+
 @pytest.fixture(scope="module")
 def undisturbed(oracle, tmp_path_factory):
     """Return a function that makes a stage's artifacts with two undisturbed processes."""

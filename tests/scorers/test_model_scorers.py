@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from data.encode import encode_prompt, encode_response
 from pipeline.config.sections import names_hub
 from pipeline.errors import UserError
+from stages.models.adapter_folder import adapter_parameters
+from stages.models.adapters import AdapterSettings, with_adapter
 from stages.models.ensemble import combine
+from stages.models.publish import save_model
 from stages.scorers.reward_model import RewardModelScorer
 from stages.scorers.scorer import ScoreRequest, ScorerSpec
 from stages.scorers.scorers import make_scorer
@@ -67,6 +70,19 @@ def test_a_model_that_reads_texts_scores_as_one_that_reads_the_same_ids(tokenize
     model = tiny_scalar("llama", 0, tokenizer, bias=0.5)
     right = RewardModelScorer(ScorerSpec(model, tokenizer.pad_token_id, OneProcess, batch_size=2)).score(request_of_two)
     torch.testing.assert_close(scorer.score(request_of_two).total, right.total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "houlsby"])
+def test_a_model_with_an_adapter_that_stays_in_it_scores_with_it(tokenizer, request_of_two, tmp_path, method):
+    settings = AdapterSettings(method=method, num_virtual_tokens=3, bottleneck_size=4)
+    model = with_adapter(tiny_scalar("llama", 0, tokenizer, bias=0.5), settings, scalar=True)
+    with torch.no_grad():
+        for p in adapter_parameters(model).values():
+            p += 0.3
+    save_model(model, tokenizer, tmp_path / "rm", card="")
+    right = RewardModelScorer(ScorerSpec(model, tokenizer.pad_token_id, OneProcess, batch_size=2)).score(request_of_two)
+    found = scorer_of(ModelScorer(model=str(tmp_path / "rm"))).score(request_of_two)
+    torch.testing.assert_close(found.total, right.total, rtol=1e-4, atol=1e-5)
 
 
 def test_several_logits_are_weighed_and_shown(tokenizer, request_of_two, tmp_path):

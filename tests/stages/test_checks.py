@@ -139,13 +139,11 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
         (("dpo.loss_type=hinge", "dpo.label_smoothing=0.1"), "dpo.label_smoothing: has no effect with"),
         (("rm.loss_type=plackett_luce", "rm.margin_coef=1.0"), "rm.margin_coef: has no effect"),
         (("model.peft.bits=8",), "model.peft.bits: 8 has no effect with method lora; use qlora, or "),
-        (("model.peft.method=qlora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards float weights by "),
         (("model.peft.init_r=24",), "model.peft.init_r: 24 has no effect with method lora; use adalora, or leave it "),
         (
             ("model.peft.method=adalora", "model.peft.init_r=8"),
             "model.peft.init_r: 8 is lower than r 16, the rank that ",
         ),
-        (("model.peft.method=adalora", "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards each weight by "),
         (
             ("model.peft.bottleneck_size=8",),
             "model.peft.bottleneck_size: 8 has no effect with method lora; use houlsby or pfeiffer or parallel_ad",
@@ -162,7 +160,6 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             (*PREFIX, "model.attn_implementation=eager"),
             "model.attn_implementation: eager cannot read the keys and values of a prefix",
         ),
-        ((*PREFIX, "launch.strategy=fsdp2"), "launch.strategy: fsdp2 shards layer by layer"),
         (
             ("launch.processes=4", "launch.tensor_parallel=3", "model.peft=null"),
             "launch.processes: 4 process(es) do not divide into groups of 3 (tensor_parallel 3); set a multiple of 3",

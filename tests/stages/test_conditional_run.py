@@ -143,6 +143,12 @@ def test_levels_are_equally_many_or_by_thresholds():
     assert levels_of([5.0, 5.0], 2, None)[0] == [1, 1]
 
 
+def test_a_method_that_cannot_train_their_rows_is_refused_after_base_too(chain, based, tmp_path):
+    """`base` is not made again where only the adapter of sft changes."""
+    with pytest.raises(UserError, match=r"houlsby cannot train the new rows of <.bad.>, <.good.>"):
+        run(chain, based, tmp_path / "sft", "sft.peft={method: houlsby}")
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
@@ -158,6 +164,8 @@ def test_levels_are_equally_many_or_by_thresholds():
         ((*SFT, *SAMPLES, "launch.strategy=fsdp2"), "does not sample under launch.strategy fsdp2"),
         ((*SFT, *SAMPLES, "sft.conditional.rounds=2", "model.peft={method: adalora}"), "adalora prunes to its rank"),
         ((TOKENS, "sft.conditional.scorer=[]"), "is an empty list"),
+        ((TOKENS, BY_WORDS, "model.name_or_path=null", "sft.peft={method: houlsby}"),
+         "sft.peft.method: houlsby cannot train the new rows of model.control_tokens"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(chain, settings, error):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from data.answer_lengths import quantiles
 from pipeline.config.sections import ModelSettings
-from stages.shared.publishing import adapter_base
+from stages.shared.publishing import adapter_base, artifact_of
 
 SFT = ("sft.max_steps=1", "sft.max_length=64", "sft.sample_tokens=0", "sft.per_device_train_batch_size=2")
 DPO = ("dpo.max_steps=1", "dpo.max_length=64", "dpo.sample_tokens=0", "dpo.per_device_train_batch_size=2")
@@ -118,6 +118,13 @@ def test_an_adapter_on_any_other_model_names_a_relative_path(tmp_path, given):
     """That is so if base added rows, if its manifest is older, and for a local model."""
 
     assert base_of(provenance(tmp_path, **given)) == ("../../../base/model", None)
+
+
+def test_an_adapter_on_another_experiments_base_names_the_base_there(tmp_path):
+    taken = provenance(tmp_path, same_rows_as_given=False)
+    taken.inputs = {"base": tmp_path / "other" / "base"}
+    assert base_of(taken) == ("../../../../other/base/model", None)
+    assert artifact_of(taken, taken.publish / "model") == tmp_path / "art" / "sft" / "model"
 
 
 @pytest.mark.parametrize("method", [None, "bitfit"])

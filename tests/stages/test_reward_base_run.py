@@ -6,6 +6,7 @@ pieces. All scores are computed again from the texts, by transformers alone.
 
 import contextlib
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,74 @@ def test_a_policy_with_the_same_tokenizer_has_the_value_model_of_the_paper(chain
     assert value["hidden_size"] == 24
 
 
+LORA = "model.peft={method: lora, r: 2}"
+
+
+def test_an_adapter_on_its_base_is_published_beside_the_sum(chain, made, tmp_path):
+    """And ppo, whose value model has an adapter on the policy, scores by that reward model."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    trunk = {"rm_sft": made.sft.folder}
+    rm = chain.run("rm", tmp_path / "rm", *made.settings, LORA, "rm.max_steps=2", "rm.learning_rate=1e-1", inputs=trunk)
+    folder, ids = rm.folder / "model", torch.tensor([[5, 6, 7, 8]])
+    base = AutoModelForSequenceClassification.from_pretrained(made.sft.folder / "model", num_labels=1).eval()
+    base.config.pad_token_id = 0
+    apart, whole = PeftModel.from_pretrained(base, folder / "adapter"), load_scalar_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(apart(ids).logits, whole(ids).logits, atol=1e-5, rtol=1e-4)
+    named = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named.endswith(f"{made.sft.folder.name}/model")
+    done = chain.run("ppo", tmp_path / "ppo", *made.settings, LORA, *PPO, inputs={**trunk, "rm": rm.folder})
+    assert "tokenizer of its own" in done.said
+    value = json.loads((done.folder / "value_model" / "config.json").read_text())
+    assert value["model_type"] == "llama" and (done.folder / "value_model" / "adapter").is_dir()
+
+
+def test_the_value_model_goes_on_with_an_adapter_on_that_base(chain, tmp_path):
+    """Where the policy reads the same ids: its start has the reward model's scores."""
+    wide = {"hidden_size": 24, "num_attention_heads": 3, "max_position_embeddings": 96}
+    tiny_causal("llama", 5, chain.tokenizer, **wide).save_pretrained(tmp_path / "rm_sft/model")
+    chain.tokenizer.save_pretrained(tmp_path / "rm_sft/model")
+    settings = (f"rm.base={tmp_path / 'rm_sft/model'}", *LENGTHS[1:], "rm.max_length=64", LORA)
+    inputs = {"rm_sft": tmp_path / "rm_sft"}
+    train = ("rm.max_steps=2", "rm.learning_rate=1e-1")
+    inputs["rm"] = chain.run("rm", tmp_path / "rm", *settings, *train, inputs=inputs).folder
+    frozen = ("ppo.learning_rate=1e-12", "ppo.value_learning_rate=1e-12")
+    done = chain.run("ppo", tmp_path / "ppo", *settings, *PPO, *frozen, inputs=inputs)
+    value, rm = (load_scalar_model(folder) for folder in (done.folder / "value_model", inputs["rm"] / "model"))
+    assert (done.folder / "value_model" / "adapter").is_dir() and value.config.hidden_size == 24
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(value(ids).logits, rm(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_it_starts_from_a_reward_model_that_is_there(chain, made, tmp_path):
+    """With rm.start_from: head and all, from the last round's; another tokenizer is refused."""
+    train = ("rm.max_steps=1", "rm.learning_rate=1e-12")
+    inputs = {"rm_sft": made.sft.folder}
+    start = f"rm.start_from={made.rm.folder / 'model'}"
+    again = chain.run("rm", tmp_path / "rm", *made.settings, *train, start, inputs=inputs)
+    before, after = (load_scalar_model(folder / "model") for folder in (made.rm.folder, again.folder))
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+    assert after.config.reward_bias == pytest.approx(before.config.reward_bias, abs=1e-5)
+    other = f"rm.start_from={chain.root / 'rm/model'}"
+    with pytest.raises(UserError, match=r"rm.start_from"):
+        chain.run("rm", tmp_path / "other", *made.settings, *train, other, inputs=inputs)
+    with pytest.raises(UserError, match=r"rm.start_from: an adapter"):
+        chain.experiment(*made.settings, start, LORA)
+
+
+def test_an_adapter_on_random_rows_is_refused(chain, made, tmp_path):
+    settings = (made.settings[0].replace("sft: {max_steps: 2, max_length: 128}", "sft: false"), *LENGTHS, LORA)
+    manifests = {"rm_base": {"digest": "rm_base", "metrics": {"new_tokens": [7]}}}
+    run = partial(chain.run, "rm", inputs={"rm_base": made.base.folder}, manifests=manifests)
+    with pytest.raises(UserError, match=r"rm.base.sft: false leaves the new rows of"):
+        run(tmp_path / "rm", *settings)
+    assert run(tmp_path / "full", *settings, "rm.peft=full", "rm.max_steps=1").figures["loss"] > 0
+
+
 def test_evaluate_judges_by_the_text(chain, made, tmp_path):
     settings = [
         "evaluate.policies=[sft,best_of_n]",
@@ -215,6 +284,9 @@ def test_its_settings_are_seen_in_the_policys_sections(chain, given):
     seen = with_own_base(experiment)
     assert (seen.model.name_or_path, seen.sft.max_steps, seen.sft.learning_rate) == (str(given), 3, 0.5)
     assert experiment.sft.max_steps is None
+    tokens = ["model.control_tokens=[<|bad|>,<|good|>]", "sft.conditional={scorer: [{rule: words, target: 4}]}"]
+    seen = with_own_base(chain.experiment(f"rm.base={given}", *tokens))
+    assert (seen.model.control_tokens, seen.sft.conditional) == (None, None)
     assert with_own_base(chain.experiment()).model.name_or_path == chain.experiment().model.name_or_path
     assert own_names("sft.max_length: too long; raise it") == "rm.base.sft.max_length: too long; raise it"
     assert own_names("data/sft.jsonl:3: model.peft.method") == "data/sft.jsonl:3: model.peft.method"

@@ -9,12 +9,14 @@ import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import second_route as plain
 import torch
 from micro_chain import watch_fit, write_rows
 
+from data.records import Ranking, prompt_key
 from stages import rm
 from stages.models.ensemble_folder import others_of
 from stages.settings.policies import reward_models
@@ -396,3 +398,13 @@ class TestJudge:
         assert figures["accuracy_ci95"][0] < figures["accuracy"] < figures["accuracy_ci95"][1]
         assert (figures["rankings"], figures["labelers_apart"]) == (12, True)
         assert model.config.reward_bias not in (0.0, plain.scalar_model(finished.folder / "model").config.reward_bias)
+
+
+def test_rankings_of_prompts_that_the_world_does_not_know_are_clustered_by_prompt():
+    """The stage reads the world for its demonstrations, too."""
+    world = SimpleNamespace(knows=lambda prompt: prompt == "of the world", task=lambda prompt: "its task")
+    known, other = (
+        Ranking(id=prompt, prompt=prompt, responses=["a", "b"], ranks=[1, 2]) for prompt in ("of the world", "own")
+    )
+    assert rm.clusters_of([known], world) == {"of the world": "its task"}
+    assert rm.clusters_of([known, other], world) == {r.id: prompt_key(r.prompt) for r in (known, other)}

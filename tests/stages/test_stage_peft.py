@@ -47,6 +47,7 @@ def test_with_another_method_what_it_does_not_have_is_left_out(load):
     assert (peft_of(experiment, "ppo").r, peft_of(experiment, "ppo").init_r) == (4, None)
     lora = load("model.peft={init_lora_weights: pissa, target_modules: [q_proj], r: 4}", "sft.peft.method=dora")
     assert (peft_of(lora, "sft").init_lora_weights, peft_of(lora, "sft").target_modules) == (None, ["q_proj"])
+    assert peft_of(load("model.peft={r: 4, lora_dropout: 0.1}", "rm.peft.method=ia3"), "rm").r == 16
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,15 @@ def test_with_another_method_what_it_does_not_have_is_left_out(load):
         (["model.peft.target_modules='(q'"], "model.peft.target_modules: '(q' is no regular expression"),
         (["model.peft.exclude_modules=[]"], "model.peft.exclude_modules: names nothing"),
         (["model.peft={layers_to_transform: [0], target_modules: .*q_proj}"], "model.peft.layers_to_transform: has no"),
-        (["dpo.peft={method: qlora}", "launch.strategy=fsdp2"], "launch.strategy: fsdp2 shards float weights by rows"),
+        (["model.peft={method: houlsby, r: 8}"], "model.peft.r: 8 has no effect with method houlsby; use lora"),
+        (["model.peft={method: ia3, lora_dropout: 0.1}"], "model.peft.lora_dropout: 0.1 has no effect with method"),
+        (["sft.peft={method: bitfit, lora_alpha: 8}"], "sft.peft.lora_alpha: 8 has no effect with method bitfit"),
+        (["rm.peft={lora_dropout: 0.1}"], "rm.peft.lora_dropout: 0.1 has no effect; only sft trains with dropout"),
+        (["model.peft.method=prompt_tuning", "dpo.peft.prompt_tuning_init=random"],
+         "dpo.peft.prompt_tuning_init: random has no effect in dpo, since `base` adds the soft prompt; set model.peft"),
+        (["ppo.peft={method: p_tuning}"], "ppo.peft.method: p_tuning trains a soft prompt that `base` adds, and model"),
+        (["ppo.peft={method: prefix_tuning}", "model.max_position_embeddings=999"],
+         "ppo.peft.method: prefix_tuning begins away from sft's model, which ppo"),
         (["dpo.peft={rr: 3}"], "dpo.peft.rr: unknown key; did you mean dpo.peft.r?"),
         (["dpo.peft=none"], 'dpo.peft: the string "none"; should be a mapping, or should be \'full\''),
     ],

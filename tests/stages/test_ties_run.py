@@ -255,7 +255,6 @@ REFUSED = [
     (["rm.loss_type=davidson", "rm.margin_coef=1"], "rm.margin_coef: has no effect"),
     (["rm.loss_type=davidson", "rm.tie_strength=1", "rm.tie_learning_rate=1"], "rm.tie_learning_rate: has no effect"),
     (["dpo.loss_type=[davidson, davidson_luce]"], "two models of the same ties"),
-    (["rm.loss_type=davidson", "launch.strategy=fsdp2"], "rm.tie_strength: cannot be learned"),
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.launch import devices
 from pipeline.store.artifacts import ArtifactStore
 from stages.people.playground.engine import Answerer, Emit, Piece, Question, Reply, Unanswerable
 from stages.people.playground.streaming import TextStream, cut_at_stop
@@ -101,7 +102,6 @@ def load(
     Raises:
         UserError: A folder is no policy, or does not fit; or there is no such reward model.
     """
-    import torch
     from transformers.utils import logging
 
     from stages.shared.runtime import device_of, dtype_of
@@ -109,7 +109,7 @@ def load(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype, kind = dtype_of(experiment), device_of(experiment)
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if kind == "cuda" else [kind]
+    places_here = [f"cuda:{i}" for i in range(devices.count(kind))] if kind == "cuda" else [kind]
     speakers, places = [], {}
     try:
         if engine == "vllm":
@@ -119,7 +119,7 @@ def load(
         else:
             for index, (name, folder) in enumerate(policies.items()):
                 (speaker,) = load_speakers(experiment, [name], [folder], trust_remote_code, engine)
-                places[name] = devices[index % len(devices)]
+                places[name] = places_here[index % len(places_here)]
                 speaker.model.to(places[name])
                 speakers.append(speaker)
     except UserError as error:
@@ -158,7 +158,7 @@ def make_answerer(speaker: Speaker, judge: Judge | None, judging: threading.Lock
         speaker: The policy.
         judge: The reward model, or None.
         judging: Held while the reward model scores.
-        dtype: "float32" or "bfloat16", which products are computed in.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
     """
 
     def answer(question: Question, emit: Emit, poll: Callable[[], None]) -> Reply:
@@ -226,7 +226,7 @@ def sample(
     Args:
         speaker: The policy.
         request: Prompt, seed and limits.
-        dtype: "float32" or "bfloat16", which products are computed in.
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
         poll: Is called before each token; what it raises ends the sampling.
         watch: Is called with 0 and each token; if it raises Done, that token is the last one. A
             vLLM gives its answer whole, and calls neither.
@@ -236,8 +236,7 @@ def sample(
     """
     if speaker.engine is not None:
         return speaker.engine.engine.sample(request).responses[0]
-    import torch
-
+    from stages.models.precision import casting
     from stages.rollouts.transformers import decoding_of, sample_with_logprobs
 
     ids: list[int] = []
@@ -247,7 +246,7 @@ def sample(
         watch(index, token)
 
     kind, decoding = speaker.model.device.type, decoding_of(request, speaker.tokenizer.pad_token_id, 1)
-    with torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16"), suppress(Done):
+    with casting(kind, dtype), suppress(Done):
         sample_with_logprobs(speaker.model, request.prompts, request.seeds, decoding, poll, keep)
     return ids
 

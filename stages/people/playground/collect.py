@@ -376,6 +376,24 @@ def thumb_rows(found: Iterable[Tree]) -> list[Row]:
     ]
 
 
+def labelled_rows(found: Iterable[Tree]) -> list[Row]:
+    """Return a row of rankings for each thumb: one response with a label, and nothing preferred."""
+    rows = []
+    for tree in found:
+        for thumb in tree.thumbs:
+            answer = tree.turns[thumb["turn_id"]]
+            more = {
+                "id": f"{ORIGIN}-thumb-{answer['id']}",
+                "responses": [answer["content"]],
+                "labels": [bool(thumb["up"])],
+                "finished": [bool(answer["finished"])],
+                "labeler": tree.conversation["user_id"],
+                "meta": tree.meta(answer),
+            }
+            rows.append(tree.row(answer["seq"] - 1, **more))
+    return rows
+
+
 EXPORTS: Mapping[str, Any] = {
     "prompts": prompt_rows,
     "rankings": ranking_rows,

@@ -41,11 +41,12 @@ class Gathered:
         return sum(len(rows) for rows in self.rows.values())
 
 
-def gather(bases: Sequence[Path]) -> Gathered:
+def gather(bases: Sequence[Path], thumbs: bool = False) -> Gathered:
     """Return what people gave in some experiments and no round took before.
 
     Args:
         bases: The folders of all rounds so far, the first one first.
+        thumbs: Whether thumbs are rankings too, of one response with a label each.
 
     Raises:
         UserError: A database is damaged or of another experiment, or a round is not there any more.
@@ -56,7 +57,7 @@ def gather(bases: Sequence[Path]) -> Gathered:
     ids_before = {row["id"] for kind in (PAGE, "rankings") for row in taken_before(bases)[kind]}
     found, ids_now = Gathered(), set()
     for base in bases:
-        for kind, rows in given(base).items():
+        for kind, rows in given(base, thumbs).items():
             for row in rows:
                 if key_of(row) not in known[kind]:
                     found.rows[kind].append(row)
@@ -81,11 +82,12 @@ def check_whole(base: Path) -> None:
         )
 
 
-def given(base: Path) -> dict[str, list[Row]]:
+def given(base: Path, thumbs: bool) -> dict[str, list[Row]]:
     """Return everything that people gave in an experiment, by file; playgrounds with consent only.
 
     Args:
         base: The experiment's folder.
+        thumbs: As of `gather`.
     """
     database = open_existing(base, base.name)
     if database is None:
@@ -93,9 +95,10 @@ def given(base: Path) -> dict[str, list[Row]]:
     try:
         with database.read() as connection:
             trees = collect.trees(connection)
+            labelled = collect.labelled_rows(trees) if thumbs else []
             return {
                 PAGE: [json.loads(line) for line in snapshots.lines_of(connection)],
-                "rankings": collect.ranking_rows(trees),
+                "rankings": collect.ranking_rows(trees) + labelled,
                 "demonstrations": collect.demonstration_rows(trees),
                 "prompts": collect.prompt_rows(trees),
             }

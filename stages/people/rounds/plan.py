@@ -128,7 +128,7 @@ def build(before: Before, folder: Path) -> Plan:
     """
     experiment, store = before.experiment, before.store
     settings = experiment.rounds
-    gathered = gather(before.bases)
+    gathered = gather(before.bases, settings.thumbs)
     if any(gathered.rows[kind] for kind in KINDS if kind != PAGE):
         check_packages(settings)
     (folder / GATHERED).mkdir()

@@ -93,8 +93,8 @@ class Round:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def talk(base, question, user="u1", correction=None, prefers=None, consent=True):
-    """Let somebody ask in a playground, choose an answer, and correct the first one."""
+def talk(base, question, user="u1", correction=None, prefers=None, consent=True, thumb=None):
+    """Let somebody ask in a playground, choose an answer, and correct the first one or thumb it."""
     database = open_database(base, base.name)
     with database.transaction() as connection:
         number = collect.begin(connection, user, "", "chat", "yes")
@@ -110,6 +110,8 @@ def talk(base, question, user="u1", correction=None, prefers=None, consent=True)
             collect.choose(connection, number, place.seq + 1, [[turns[prefers]], [turns[1 - prefers]]])
         if correction is not None:
             collect.set_correction(connection, turns[0], correction)
+        if thumb is not None:
+            collect.set_thumb(connection, turns[0], thumb)
     database.close()
     return number
 

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from data.records import prompt_key, write_jsonl
+from data.source import Source
+from data.sources import load
 from pipeline import api, cli
 from stages.people.rank import snapshots
 from stages.people.rounds import command
@@ -82,6 +84,31 @@ def test_what_people_gave_goes_where_it_belongs(talk):
     assert made["from"]["stages"] == ["base"]  # new demonstrations, so SFT is made anew
     record = json.loads((talk.folder / folder / "round.json").read_text())
     assert record["after"] == "talk" and [line["new"] for line in record["taken"]] == [1, 2, 2]
+
+
+def test_thumbs_are_rankings_of_one_response_where_asked(talk):
+    talk.rank("prompt 6")
+    talk.talk("how do I boil an egg ?", thumb=True)
+    talk.talk("who wrote this song about the sea ?", user="u2", thumb=False)
+    talk.talk("what is not shared ?", user="u3", consent=False, thumb=True)
+    code, _, err = talk.rlhf("rounds.thumbs=true")
+    assert code == 0, err
+    page, *rows = talk.rows("new_rankings.jsonl")
+    assert page["prompt"] == "prompt 6" and "labels" not in page
+    assert [(row["prompt"], row["responses"], row["ranks"], row["labels"]) for row in rows] == [
+        ("how do I boil an egg ?", ["by sft"], [None], [True]),
+        ("who wrote this song about the sea ?", ["by sft"], [None], [False]),
+    ]
+    loaded = load("rankings", Source(path=talk.folder / "artifacts/talk-r2/round/new_rankings.jsonl"))
+    assert [ranking.labels for ranking in loaded] == [None, (True,), (False,)]
+
+
+def test_thumbs_are_not_taken_by_default(talk):
+    talk.rank("prompt 6")
+    talk.talk("how do I boil an egg ?", thumb=True)
+    code, _, err = talk.rlhf()
+    assert code == 0, err
+    assert [row["prompt"] for row in talk.rows("new_rankings.jsonl")] == ["prompt 6"]
 
 
 def test_prompts_are_split_by_user_and_the_first_to_be_ranked_are_people_s(talk):

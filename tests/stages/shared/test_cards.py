@@ -218,3 +218,13 @@ def test_an_adapters_base_is_named(base, words):
 def test_a_model_with_an_adapter_in_it_is_not_said_to_load_as_others_do(method, words, use, loader):
     text = card(provenance(), "a model", use, in_place=method)
     assert words in text and f"`stages.models.loading.{loader}(folder)`" in text and "```python" not in text
+
+
+def test_tokens_that_an_earlier_stage_trained_are_named_too():
+    """Programs other than transformers have to be told of them, whatever this stage trained."""
+    text = card(provenance(), "a policy", ANSWER, soft_prompt=4, control_tokens=("<|bad|>", "<|good|>"))
+    assert "begins with 4 tokens" in text and "trained by an earlier stage. They are read" in text
+    assert "ends with `<|good|>`" in text and "`<|bad|>` before an answer" in text
+    own = card(provenance(model=ModelSettings(peft={"method": "p_tuning"})), "a policy", ANSWER, soft_prompt=20)
+    assert "begins with 20 tokens" in own and "weights of the language model are the base model's." in own
+    assert "never answered" not in card(provenance(), "a policy", ANSWER)

@@ -71,6 +71,11 @@ def test_every_familys_step_is_foretold(kind, dtype):
         assert found.step > 0 and found.moments == pytest.approx(2 * found.weights, rel=0.1)
 
 
+def test_float16_needs_what_bfloat16_needs():
+    step = Step("policy", "logits", LENGTHS)
+    assert take_step(CONFIG, [step], WHOLE, "float16", "cpu") == take_step(CONFIG, [step], WHOLE, "bfloat16", "cpu")
+
+
 @pytest.mark.parametrize("head", ["scores", "logprobs"])
 def test_a_pass_without_data_holds_what_a_real_one_holds(head):
     name = "reward_model" if head == "scores" else "policy"
