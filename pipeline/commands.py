@@ -122,7 +122,7 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
     with stop_on_signals(stop):
         from pipeline import plan, running
         from pipeline.config.yaml_tree import read_tree
-        from pipeline.launch import environment, launcher, parallel, processes
+        from pipeline.launch import environment, launcher, processes
         from pipeline.state import flags_of
         from pipeline.store.remote import Remote
 
@@ -139,6 +139,8 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
         met.set()
+        from pipeline.launch import parallel  # imports torch
+
         parallel.arrange_as(experiment.launch)
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)

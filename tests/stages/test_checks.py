@@ -164,7 +164,10 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             ("launch.processes=4", "launch.tensor_parallel=3", "model.peft=null"),
             "launch.processes: 4 process(es) do not divide into groups of 3 (tensor_parallel 3); set a multiple of 3",
         ),
-        (("launch.processes=4", "launch.tensor_parallel=2"), "launch.tensor_parallel: transformers' plans name the we"),
+        (
+            ("launch.processes=4", "launch.tensor_parallel=2", "model.peft.method=lora"),
+            "launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and model.p",
+        ),
         (
             ("launch.processes=4", "launch.tensor_parallel=2", "model.peft=null", "dpo.peft={method: lora}"),
             "launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and dpo.peft",
