@@ -33,7 +33,7 @@ BUCKET = 16 * 2**20  # elements that are summed in one all-reduce
 
 
 @dataclass(frozen=True)
-class Layout:
+class Arrangement:
     """How the ranks of a run are put into groups that read the same rows.
 
     A group has tensor × context successive ranks; those of one share of a row come first.
@@ -56,7 +56,7 @@ class Layout:
         return self.tensor * self.context
 
 
-_arranged = [Layout()]  # of this process, as torch's default process group is
+_arranged = [Arrangement()]  # of this process, as torch's default process group is
 
 
 def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True) -> None:
@@ -72,7 +72,7 @@ def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True) -> None:
     """
     size = rank_and_world_size()[1]
     if tensor * context == 1:
-        _arranged[0] = Layout()
+        _arranged[0] = Arrangement()
         return
     if size % (tensor * context):
         key = "launch.tensor_parallel" if tensor > 1 else "launch.context_parallel"
@@ -86,7 +86,7 @@ def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True) -> None:
         weights = dist.init_device_mesh(device, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
     # It warns that sums over two axes are two sums.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    _arranged[0] = Layout(tensor, context, fsdp, weights, rows)
+    _arranged[0] = Arrangement(tensor, context, fsdp, weights, rows)
 
 
 def arrange_as(launch: Any) -> None:
@@ -103,10 +103,10 @@ def for_sum(loss: Tensor) -> Tensor:
 
     All ranks that compute a row together have the loss of the whole row.
     """
-    return loss if layout().context == 1 else loss / layout().context
+    return loss if arrangement().context == 1 else loss / arrangement().context
 
 
-def layout() -> Layout:
+def arrangement() -> Arrangement:
     """Return how the ranks are arranged."""
     return _arranged[0]
 
@@ -123,12 +123,12 @@ def data_rank_and_size() -> tuple[int, int]:
     Without tensor or context parallelism every rank is a group.
     """
     rank, size = rank_and_world_size()
-    return rank // layout().together, size // layout().together
+    return rank // arrangement().together, size // arrangement().together
 
 
 def is_first_of_group() -> bool:
     """Return whether this rank is the first of those that read the same rows."""
-    return rank_and_world_size()[0] % layout().together == 0
+    return rank_and_world_size()[0] % arrangement().together == 0
 
 
 def is_rank_zero() -> bool:
@@ -192,7 +192,7 @@ def compute_and_all_gather(
         The results of all items in their order, on every rank.
     """
     rank, size = rank_and_world_size() if alone else data_rank_and_size()
-    if size == 1 and layout().together == 1:
+    if size == 1 and arrangement().together == 1:
         return list(compute(list(items)))
     shares = split_by_cost(costs, size)
     local = list(compute([items[i] for i in shares[rank]])) if shares[rank] or idle else []
@@ -241,7 +241,7 @@ def one_of_each_group(values: list[Result]) -> list[Result]:
     Ranks that read the same rows have equal values up to the last bits; taking those of one makes
     all ranks decide alike.
     """
-    return values[:: layout().together]
+    return values[:: arrangement().together]
 
 
 def from_rank_zero(compute: Callable[[], Result]) -> Result:
@@ -298,8 +298,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameters: the same parameters on every rank, in the same order.
     """
     parameters = [p for p in parameters if not is_summed_by_fsdp(p)]
-    group = None if layout().weights is None else layout().weights.get_group("data")
-    if rank_and_world_size()[1] == layout().tensor or not parameters:
+    group = None if arrangement().weights is None else arrangement().weights.get_group("data")
+    if rank_and_world_size()[1] == arrangement().tensor or not parameters:
         return
     counts = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
     dist.all_reduce(counts, group=group)
@@ -316,7 +316,7 @@ def is_summed_by_fsdp(parameter: Tensor) -> bool:
     """Return whether fsdp2 sums the gradient of a parameter, which it shards over the ranks."""
     if not isinstance(parameter, DTensor) or all(x.is_replicate() for x in parameter.placements):
         return False
-    return layout().weights is None or parameter.device_mesh.mesh_dim_names != ("tensor",)
+    return arrangement().weights is None or parameter.device_mesh.mesh_dim_names != ("tensor",)
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def all_reduce_tensors(tensors: Sequence[Tensor]) -> None:
     """
     if data_rank_and_size()[1] == 1:
         return
-    _all_reduce_buckets(tensors, None if layout().rows is None else layout().rows.get_group("rows"))
+    _all_reduce_buckets(tensors, None if arrangement().rows is None else arrangement().rows.get_group("rows"))
 
 
 def _all_reduce_buckets(tensors: Sequence[Tensor], group: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from data.groups import Rows
-from pipeline.launch.parallel import layout
+from pipeline.launch.parallel import arrangement
 from stages.models.adapters import unwrapped
 
 FLAG = "cuts_rows"  # in the __dict__ of a model that computes rows in parts (`runtime.cut_rows_of`)
@@ -91,7 +91,7 @@ class _SumOverGroup(torch.autograd.Function):
 
 def sum_over_group(x: Tensor) -> Tensor:
     """Return the sum of a tensor over the processes that compute a row together."""
-    return _SumOverGroup.apply(x, layout().rows.get_group("context"))
+    return _SumOverGroup.apply(x, arrangement().rows.get_group("context"))
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def part_attention(query: Tensor, key: Tensor, value: Tensor, part: Part, scalin
         (B, t, H, D').
     """
     # One call for both: each costs a round trip between all processes.
-    both = _GatherTokens.apply(torch.cat([key, value], dim=-1), layout().rows.get_group("context"))
+    both = _GatherTokens.apply(torch.cat([key, value], dim=-1), arrangement().rows.get_group("context"))
     key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
     grouped = key.shape[1] != query.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=part.mask, scale=scaling, enable_gqa=grouped)
@@ -129,7 +129,7 @@ def own_part(ids: Tensor, position_ids: Tensor | None, spans: Any = None) -> tup
         position_ids: (1, T) of packed rows; None: 0 to T − 1 in each row.
         spans: The prompts and responses of a packed row, as in `Rows`; None: each row is causal.
     """
-    size, index = layout().context, layout().rows.get_local_rank("context")
+    size, index = arrangement().context, arrangement().rows.get_local_rank("context")
     length = ids.shape[1]
     width = -(-length // size)
     part_start, padding = index * width, size * width - length

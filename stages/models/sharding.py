@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
-from pipeline.launch.parallel import from_rank_zero, is_rank_zero, layout, rank_and_world_size
+from pipeline.launch.parallel import arrangement, from_rank_zero, is_rank_zero, rank_and_world_size
 from stages.models import tensor_parallel
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.context_parallel import compute_whole_rows
@@ -101,9 +101,9 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False) -> None
     if rank_and_world_size()[1] == 1:
         model.to(device)
         return
-    weights = layout().weights
+    weights = arrangement().weights
     # Tensor parallelism alone may shard, or leave nobody to share with.
-    over_data = weights is None or (layout().fsdp and weights["data"].size() > 1)
+    over_data = weights is None or (arrangement().fsdp and weights["data"].size() > 1)
     mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],)) if weights is None else weights["data"]
     for member in members(model):
         inner = unwrapped(member)
@@ -155,11 +155,11 @@ def whole_trial(model: nn.Module) -> Tensor | None:
     Raises:
         UserError: It cannot be cut; raised on all ranks.
     """
-    if layout().weights is None:
+    if arrangement().weights is None:
         return None
 
     def compute() -> None:
-        tensor_parallel.check_can_be_cut(model, layout().tensor)
+        tensor_parallel.check_can_be_cut(model, arrangement().tensor)
         found.append(tensor_parallel.trial(model, lambda function: function()))
 
     found: list[Tensor] = []
@@ -177,7 +177,7 @@ def check_trial(model: nn.Module, expected: Tensor | None) -> None:
     Raises:
         UserError: It does not; raised on all ranks.
     """
-    if layout().weights is None:
+    if arrangement().weights is None:
         return
     found = None
     with suppress(RuntimeError, TypeError, ValueError, AttributeError):

@@ -199,7 +199,7 @@ def cut_rows_of(model: Any) -> None:
     Raises:
         UserError: It cannot.
     """
-    if parallel.layout().context == 1:
+    if parallel.arrangement().context == 1:
         return
     from stages.models.adapters import unwrapped
     from stages.models.context_parallel import FLAG

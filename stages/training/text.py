@@ -164,12 +164,12 @@ def train_language_model(
 
     def made() -> nn.Module:
         model = make()
-        if parallel.layout().context > 1:
+        if parallel.arrangement().context > 1:
             can_pack(model, longest)
         return model
 
     model = make_on_rank_zero(made) if runtime.sharded else made()
-    if parallel.layout().context > 1:
+    if parallel.arrangement().context > 1:
         check_cuts_rows(model)
     rows = dataset_of(task.train_rows, order)
     trainer = make_trainer(model, arguments, tokenizer, rows, runtime.sharded, optimization)
@@ -323,7 +323,7 @@ def make_trainer(
     elif parallel.rank_and_world_size()[1] > 1:
         trainer_class = saving_on_rank_zero(trainer_class)
     trainer_class = with_current_settings(trainer_class)
-    if parallel.layout().together > 1:
+    if parallel.arrangement().together > 1:
         trainer_class = with_groups(trainer_class)
     smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))
     if smoothing and are_left_out:  # smoothing gives each token of the vocabulary a share; these have none to get
@@ -331,7 +331,7 @@ def make_trainer(
             "sft.label_smoothing: the tokens of the model's soft prompt, or its control tokens, have no probability, "
             "so labels cannot be smoothed over the vocabulary; leave it out, or use a model without such tokens"
         )
-    is_grouped = parallel.layout().together > 1  # trl's tiles read the head's weight, which may be cut
+    is_grouped = parallel.arrangement().together > 1  # trl's tiles read the head's weight, which may be cut
     if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing or is_grouped:
         trainer_class = with_plain_loss(trainer_class, smoothing)
     # trl writes routing settings into the model's config: they must not get into the artifact
@@ -448,7 +448,7 @@ def held_out_loss(
     """
     was_training, total, tokens, left = model.training, 0.0, 0, False
     sharded = is_sharded(model)
-    collective = sharded or parallel.layout().context > 1  # a forward pass takes several ranks
+    collective = sharded or parallel.arrangement().context > 1  # a forward pass takes several ranks
     model.eval()
     # Rows of similar length together need little padding.
     lengths = lengths_of(rows)
@@ -461,7 +461,7 @@ def held_out_loss(
         batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
-            if parallel.layout().context > 1:
+            if parallel.arrangement().context > 1:
                 loss = part_loss(model, batch["input_ids"], labels)
             else:
                 logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])

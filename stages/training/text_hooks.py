@@ -106,7 +106,7 @@ class TextHooks:
         """
         world_size = parallel.rank_and_world_size()[1]
         # Ranks that hold a model together drop the same numbers.
-        rank = parallel.rank_and_world_size()[0] // parallel.layout().tensor
+        rank = parallel.rank_and_world_size()[0] // parallel.arrangement().tensor
         # Of an adapter's dropout in one process, transformers' checkpoint restores the generator.
         if world_size > 1 or self.draws:
             step = self.stage_step(state)

@@ -40,9 +40,9 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Tensor:
             labels = inputs["labels"][:, 1:]
-            if parallel.layout().context > 1:
+            if parallel.arrangement().context > 1:
                 # transformers' count has the labels of a row once for each process that computes it
-                counted = num_items_in_batch / parallel.layout().context
+                counted = num_items_in_batch / parallel.arrangement().context
                 loss = own_part_loss(model, inputs["input_ids"], labels, counted, label_smoothing)
                 return loss * self.accelerator.num_processes
             # given labels, the model would compute its own loss as well
@@ -180,12 +180,12 @@ def with_groups(trainer_class: type) -> type:
             # parallelism, DDP or fsdp2 has taken it.
             summed = (
                 []
-                if parallel.layout().weights is None
+                if parallel.arrangement().weights is None
                 else [p for p in model.parameters() if p.grad is not None and not parallel.is_summed_by_fsdp(p)]
             )
             parallel.all_reduce_gradients(summed)
             for p in summed:
-                p.grad.div_(parallel.rank_and_world_size()[1] // parallel.layout().tensor)
+                p.grad.div_(parallel.rank_and_world_size()[1] // parallel.arrangement().tensor)
             return super()._clip_grad_norm(model)
 
     return GroupsTrainer

@@ -130,7 +130,7 @@ def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]
         other: Gradients of the same parameters, in the same order.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    if pairs and parallel.layout().weights is not None:
+    if pairs and parallel.arrangement().weights is not None:
         # Shares of some weights, and copies of others: DTensor knows what is summed once.
         dot = sum(to_float((a.float() * b.float()).sum()) for a, b in pairs)
         return _cosine(dot, one, other)

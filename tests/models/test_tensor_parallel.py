@@ -142,7 +142,7 @@ def test_models_that_cannot_be_cut_are_refused_by_name():
     together(2, check_refusals)
 
 
-def check_layout():
+def check_groups():
     with pytest.raises(UserError, match=r"4 process\(es\) do not divide into groups of 3"):
         parallel.arrange(tensor=3)
     parallel.arrange(tensor=2)
@@ -162,4 +162,4 @@ def check_layout():
 
 @pytest.mark.slow
 def test_ranks_of_a_group_read_the_same_rows():
-    together(4, check_layout)
+    together(4, check_groups)
