@@ -360,30 +360,8 @@ def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
         return x.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim == 2 and not placements[0].is_replicate():
-        return _shard_of_share(parameter, x)
     # No source rank: each cuts its shard from its own copy, and nothing is sent.
     return distribute_tensor(x.to(parameter.device), mesh, placements, src_data_rank=None)
-
-
-def _shard_of_share(parameter: DTensor, x: Tensor) -> DTensor:
-    """Return a whole tensor sharded as a weight that fsdp2 shards after tensor parallelism cut it.
-
-    DTensor cuts in the order of the mesh, which is the other one; of a size that does not divide it
-    makes a wrong share.
-
-    Args:
-        parameter: The weight, on a mesh ("data", "tensor").
-        x: The whole tensor.
-    """
-    mesh = parameter.device_mesh
-    share = distribute_tensor(x.to(parameter.device), mesh["tensor"], parameter.placements[1:], src_data_rank=None)
-    rows = share.to_local().chunk(mesh["data"].size())  # along the first dimension, as fully_shard does
-    index = mesh["data"].get_local_rank()
-    own = rows[index] if index < len(rows) else share.to_local()[:0]
-    return DTensor.from_local(
-        own.contiguous(), mesh, parameter.placements, run_check=False, shape=x.shape, stride=x.contiguous().stride()
-    )
 
 
 def replicate_beside(x: Tensor, model: nn.Module) -> Tensor:
