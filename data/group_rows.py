@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from data.groups import PromptGroup
-from data.labels import labels_of
+from data.labels import LabelledGroups, labels_of
 from data.records import Ranking, prompt_key
 from data.ties import judged_ties, largest_tie
 
@@ -387,4 +387,6 @@ def most_tied(groups: Sequence[PromptGroup]) -> int:
 
 def part_of(groups: Sequence[PromptGroup], indices: Sequence[int]) -> Sequence[PromptGroup]:
     """Return the groups with these indices, in this order."""
+    if isinstance(groups, LabelledGroups):
+        return LabelledGroups(part_of(groups.groups, indices))
     return groups.part(indices) if isinstance(groups, GroupRows) else [groups[i] for i in indices]

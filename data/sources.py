@@ -187,7 +187,8 @@ def count_verdicts(record: Record, verdicts: Counter[str]) -> None:
     """
     if isinstance(record, Ranking) and not verdicts["usable"]:
         verdicts.update(verdict for *_, verdict in judged_pairs(record))
-        verdicts["usable"] += record.labels is not None and is_usable(record)
+        if record.labels is not None and is_usable(record):
+            verdicts["usable"] += 1
 
 
 def no_usable_pair(name: str, verdicts: Counter[str]) -> list[str]:

@@ -427,9 +427,19 @@ def settings_of(provenance: Provenance) -> list[tuple[str, str]]:
 def shown(value: Any) -> str:
     """Return a setting's value as YAML writes it; of a path only the last part."""
     if not isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(without_folders(value))
     is_path = not is_hub_id(value) and (os.sep in value or value.startswith("~"))
     return Path(value).name if is_path else value
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value in which absolute paths, also inside of lists, are their last parts."""
+    if isinstance(value, dict):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    is_absolute = isinstance(value, str) and value.startswith(("/", "~"))
+    return Path(value).name if is_absolute else value
 
 
 def numbers(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -57,6 +57,8 @@ class Published:
     """Its files, relative to the folder → bytes."""
     manifests: dict[str, dict[str, Any]]
     """Manifests of the stage and of all that led to it, by stage."""
+    outputs: dict[str, Any]
+    """What the stage's manifest says of all its files."""
 
 
 def published_model(
@@ -88,7 +90,7 @@ def published_model(
         remedy = f"it has {', '.join(there)}" if there else "take a stage that trains one, such as sft or ppo"
         raise UserError(f"{stage}: has published no {folder}; {remedy}")
     manifests = {name: found.manifest for name, found in chain.states.items() if found.manifest is not None}
-    return Published(store.folder(stage) / folder, dict(sorted(sizes.items())), manifests)
+    return Published(store.folder(stage) / folder, dict(sorted(sizes.items())), manifests, outputs)
 
 
 def run(
@@ -134,6 +136,8 @@ def run(
         say(f"  {name:<{width}}  {files.human_bytes(size):>9}")
     for name in left_out:
         say(f"not sent: {name} (it needs a base model in a folder of this machine; the other weights have it merged)")
+    if options.folder == "model" and any(name.startswith("ensemble/") for name in found.outputs):
+        say("not sent: ensemble/ (the other models of the ensemble; the repository holds the first)")
     if push_card.CARD in texts and not re.search(r"^license: ", texts[push_card.CARD], re.MULTILINE):
         say("the card names no licence; choose one on the page of the repository")
     if options.dry_run:

@@ -16,7 +16,7 @@ from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_
 from stages.models.publish import save_model
 from stages.settings import ppo as ppo_settings
 from stages.settings import sft as sft_settings
-from stages.shared.cards import ANSWER, SCORE, card_text
+from stages.shared.cards import ANSWER, SCORE, card_text, shown
 from stages.shared.cards import ModelCard as Card
 from stages.shared.provenance import Provenance
 from tests.builders import tiny_causal, tiny_tokenizer
@@ -228,3 +228,9 @@ def test_tokens_that_an_earlier_stage_trained_are_named_too():
     own = card(provenance(model=ModelSettings(peft={"method": "p_tuning"})), "a policy", ANSWER, soft_prompt=20)
     assert "begins with 20 tokens" in own and "weights of the language model are the base model's." in own
     assert "never answered" not in card(provenance(), "a policy", ANSWER)
+
+
+def test_a_path_inside_of_a_setting_is_its_last_part():
+    rewards = [{"python": "/home/me/code/judge.py:score", "weight": 1.0}, {"url": "http://127.0.0.1:80/x"}]
+    assert shown(rewards) == ('[{"python": "judge.py:score", "weight": 1.0}, {"url": "http://127.0.0.1:80/x"}]')
+    assert shown({"file": "~/secret.py"}) == '{"file": "secret.py"}'

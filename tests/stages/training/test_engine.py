@@ -350,7 +350,7 @@ class Regression:
             evaluate=evaluate,
             samples=lambda: [{"n": 1}],
         )
-        accelerator = SimpleNamespace(backward=lambda value: value.backward())
+        accelerator = SimpleNamespace(backward=lambda value: value.backward(), mixed_precision="no")
         schedule = Schedule(self.rate, "linear", warmup_steps=2, total=9)
         selection = Selection(self.keep, self.patience, "loss", higher_is_better=False, eval_steps=2)
         out = fit(session, accelerator, self.trainee, task, schedule, selection)
