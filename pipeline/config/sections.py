@@ -483,8 +483,8 @@ class LaunchSettings(Section):
     )
     context_parallel: int | None = setting(
         None,
-        "how many processes compute each row together, each a part of its tokens, in base, sft, rm and dpo; for rows "
-        "whose activations are too large for one device; null: 1",
+        "how many processes compute each row together, each a part of its tokens, where models train; for rows whose "
+        "activations are too large for one device; null: 1",
         ge=1,
     )
     nodes: int = setting(1, "number of machines with that many processes each; for --submit", ge=1)
