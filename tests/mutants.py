@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "PPO's gradient is clipped before ptx is added",
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n',
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values())\n'
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n',
+        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n'
         "            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), policy.max_grad_norm)\n",
     ),
     Mutant(
@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "figures are summed over minibatches",
-        "return {key: total / steps for key, total in totals.items()}",
-        "return {key: total / options.epochs for key, total in totals.items()}",
+        "means = {key: total / counts[key] if counts[key] else math.nan for key, total in totals.items()}",
+        "means = {key: total / options.epochs for key, total in totals.items()}",
     ),
     Mutant(
         "ppo",

@@ -16,7 +16,7 @@ All of them are asked for two answers to each evaluation prompt with the same se
 one), and judged by the world's gold scorer. Settings of conditional and hindsight (learning rate,
 number of control tokens, rounds) were chosen by gold on seed 10. Prints one JSON object for each
 seed and way, then a Markdown table with means over seeds, their 95 % intervals (Student's t over
-seeds) and the differences to PPO and best of n, paired by seed. Lines are kept in
+seeds) and the differences to SFT, PPO and best of n, paired by seed. Lines are kept in
 results/conditional.jsonl. Run it again to resume after an interruption, or to print the table of
 existing results. --quick runs everything in seconds with a model of a few thousand parameters.
 """
@@ -274,7 +274,7 @@ def table(rows: Sequence[dict], seeds: Sequence[int]) -> str:
         held_out = [row["gold_held_out_tasks"] for row in own]
         differences = [
             "–" if way == other else with_interval(differences_over_seeds(gold, [row["gold"] for row in by_way[other]]))
-            for other in ("ppo", "best_of_n")
+            for other in REFERENCES
         ]
         kl = "–" if own[0]["kl_to_sft"] is None else with_interval(over_seeds([row["kl_to_sft"] for row in own]), 2)
         lines.append(
@@ -287,7 +287,7 @@ def table(rows: Sequence[dict], seeds: Sequence[int]) -> str:
                 *differences,
             ]
         )
-    headings = ["", "gold", "gold, held-out tasks", "score", "KL to SFT", "gold − PPO's", "gold − best of n's"]
+    headings = ["", "gold", "gold, held-out tasks", "score", "KL to SFT", "gold − SFT's", "gold − PPO's", "gold − best of n's"]
     return markdown(headings, lines)
 
 
