@@ -139,6 +139,9 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
         met.set()
+        from pipeline.launch import parallel  # imports torch
+
+        parallel.arrange_as(experiment.launch)
         if peers is not None and peers.rank > 0:
             well = running.follow(peers, experiment, store, stages, flags)
             processes.disconnect(peers, patience, well)

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import Common
+from pipeline.config.sections import AXES, Common
 from pipeline.launch import environment, hardware
 from pipeline.stage import Stage
 from pipeline.store.artifacts import now
@@ -55,6 +55,7 @@ def manifest_of(
         "threads": run["threads"],
         "device": run.get("device"),
         "strategy": run.get("strategy"),
+        **{key: run[key] for key in AXES if run.get(key)},
         "hardware": hardware.describe_hardware(),
         "command": command or None,
         "started_at": run["started_at"],
@@ -67,8 +68,10 @@ def manifest_of(
 def process_facts(experiment: Common) -> dict[str, Any]:
     """Return who runs the stage, and what the last bits of its results may depend on."""
     facts = environment.facts(experiment.launch.device)
-    layout = experiment.launch.layout(facts["world_size"])
-    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": layout}
+    launch = experiment.launch
+    axes = {key: size for key in AXES if (size := getattr(launch, key) or 1) > 1}
+    layout = launch.layout(facts["world_size"])
+    return {"pid": os.getpid(), "host": socket.gethostname(), **facts, "strategy": layout, **axes}
 
 
 def headline(stage: Stage, metrics: dict[str, Any]) -> list[str]:

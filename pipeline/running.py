@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config.sections import Common
+from pipeline.config.sections import AXES, Common
 from pipeline.errors import UserError
 from pipeline.fingerprints import Today, all_needs, sources
 from pipeline.launch.processes import Peers, detect_lost_peers
@@ -206,13 +206,14 @@ def resumable_run(job: Job) -> dict[str, Any] | None:
         return None
     facts = process_facts(job.experiment)
     changed = [
-        f"{key} {run.get(key)} → {facts[key]}"
-        for key in ("world_size", "threads", "device", "strategy")
-        if run.get(key) != facts[key]
+        f"{key} {run.get(key)} → {facts.get(key)}"
+        for key in ("world_size", "threads", "device", "strategy", *AXES)
+        if run.get(key) != facts.get(key)
     ]
     if changed:
         job.say(f"{', '.join(changed)}: the last bits may differ from those of an uninterrupted run")
-    run = run | {"resumes": run["resumes"] + 1} | facts
+    run = {key: value for key, value in run.items() if key not in AXES}
+    run |= {"resumes": run["resumes"] + 1} | facts
     job.store.record_run(job.name, run)
     overridden = dict(run["config"].get("overridden", {}))
     for change in state.changes:

@@ -165,8 +165,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "ptx_coef does not weigh the gradient",
-        "roles.accelerator.backward((options.ptx.coef if is_own else 0.0) * loss)",
-        "roles.accelerator.backward((1.0 if is_own else 0.0) * loss)",
+        "roles.accelerator.backward(parallel.for_sum((options.ptx.coef if is_own else 0.0) * loss))",
+        "roles.accelerator.backward(parallel.for_sum((1.0 if is_own else 0.0) * loss))",
     ),
     Mutant(
         "ppo",

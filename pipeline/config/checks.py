@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.config.section import Section
 from pipeline.config.sections import (
+    AXES,
     KINDS,
     RANKED,
     Common,
@@ -23,6 +24,7 @@ from pipeline.config.sections import (
     local_folder,
     source_paths,
 )
+from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.trackers.names import PACKAGES
 
 REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -206,6 +208,7 @@ def check_common(experiment: Common) -> list[str]:
         *head_problems(model),
         *adapter_problems(model),
         *layout_problems(experiment.launch, experiment.model.dtype),
+        *axis_problems(experiment),
         *attention_problems(model),
         *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
@@ -381,6 +384,49 @@ def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
             "weights, or launch.offload: optimizer"
         )
     return problems
+
+
+def axis_problems(experiment: Common) -> list[str]:
+    """Return a line for each axis of parallelism that the processes or the adapter do not allow."""
+    launch, lines = experiment.launch, []
+    together = launch.together
+    count = max(launch.processes * launch.nodes, rank_and_size_from_environment()[1])
+    if count % together:
+        axes = [f"{key} {getattr(launch, key)}" for key in AXES if (getattr(launch, key) or 1) > 1]
+        lines.append(
+            f"launch.processes: {count} process(es) do not divide into groups of {together} ({' × '.join(axes)}); set "
+            f"a multiple of {together}"
+        )
+    if together > 1 and (launch.shard not in (None, "weights") or launch.offload not in (None, "none")):
+        key = "offload" if launch.offload not in (None, "none") else "shard"
+        lines.append(
+            f"launch.{key}: {getattr(launch, key)} was not made for models that processes compute together "
+            f"(launch.tensor_parallel, context_parallel); leave it out, or set both to 1"
+        )
+    if experiment.model.peft is not None:
+        lines += cut_adapter_problems(experiment, experiment.model.peft, "model.peft")
+    return lines
+
+
+def cut_adapter_problems(experiment: Common, peft: PeftSettings, place: str) -> list[str]:
+    """Return a line if an adapter would be trained on a model that is cut, or a prefix on cut rows.
+
+    Args:
+        experiment: The experiment.
+        peft: The adapter.
+        place: Where the adapter's settings are.
+    """
+    if (experiment.launch.context_parallel or 1) > 1 and peft.method in PREFIX:
+        return [
+            f"launch.context_parallel: a prefix's keys come before those of the row, which processes compute in parts; "
+            f"set it to 1, or {place}.method: lora"
+        ]
+    if (experiment.launch.tensor_parallel or 1) == 1:
+        return []
+    return [
+        f"launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and {place} sets "
+        f"one; use launch.strategy: fsdp2 for a model that is too large for one device, or train every weight"
+    ]
 
 
 def attention_problems(model: ModelSettings) -> list[str]:

@@ -448,6 +448,10 @@ class VllmSettings(Section):
     options: dict[str, Any] = setting({}, "further arguments for vllm.LLM, such as {enforce_eager: true}")
 
 
+AXES = ("tensor_parallel", "context_parallel")
+"""Settings of `launch` that divide the processes into groups."""
+
+
 class LaunchSettings(Section):
     """Choose devices, threads and processes."""
 
@@ -486,6 +490,19 @@ class LaunchSettings(Section):
         "whether what a forward pass keeps for its backward pass waits in the CPU's memory; with "
         "model.gradient_checkpointing only the input of each layer is kept; null: false",
     )
+    tensor_parallel: int | None = setting(
+        None,
+        "how many processes hold each model together, cut by transformers' own plan; they read the same rows, and the "
+        "other processes share rows and, with fsdp2, each cut again. For models whose layers are too large for one "
+        "device; null: 1",
+        ge=1,
+    )
+    context_parallel: int | None = setting(
+        None,
+        "how many processes compute each row together, each a part of its tokens, where models train; for rows whose "
+        "activations are too large for one device; null: 1",
+        ge=1,
+    )
     nodes: int = setting(1, "number of machines with that many processes each; for --submit", ge=1)
     slurm: SlurmSettings = setting(SlurmSettings(), "what --submit slurm asks the queue for")
     sky: SkySettings = setting(SkySettings(), "what --submit sky asks SkyPilot for")
@@ -493,6 +510,16 @@ class LaunchSettings(Section):
     timeout: float = setting(
         600, "how long a process waits for another process, or for vLLM, before it gives up", "seconds", gt=0
     )
+
+    @property
+    def together(self) -> int:
+        """Return how many processes read the same rows, and hold or compute a model together."""
+        return (self.tensor_parallel or 1) * (self.context_parallel or 1)
+
+    @property
+    def shares_state(self) -> bool:
+        """Return whether several processes would each hold a share of weights or moments."""
+        return self.strategy == "fsdp2" or (self.tensor_parallel or 1) > 1
 
     @field_validator("strategy", mode="before")
     @classmethod

@@ -96,7 +96,7 @@ def measure(
 
     # Small parts share the prompts evenly among ranks, and let a stop take effect soon. A part of
     # several samples per prompt samples up to four batches at a time, and is scored in batches.
-    ranks = parallel.rank_and_world_size()[1]
+    ranks = parallel.data_rank_and_size()[1]
     size = max(1, min(-(-len(queries) // ranks), settings.batch_size // min(count, 4)))
     rows: list[dict[str, Any]] = []
     for indices in micro_batches(range(len(queries)), ranks * size):

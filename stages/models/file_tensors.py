@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from stages.models.adapters import has_adapter, unwrapped
 from stages.models.quantized import Quantized, dequantize
-from stages.models.sharding import fsdp_modules, is_sharded
+from stages.models.sharding import fsdp_modules
+from stages.models.tensor_parallel import whole_weight
 
 SAVED = ".modules_to_save.default"
 """Part of the names inside a module that trains in full beside an adapter."""
@@ -20,18 +21,20 @@ def file_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A head that is tied to the embedding is yielded too, though files leave it out. The model is not
     changed: a layer with an adapter is copied for the merge. All processes call this together for a
-    sharded model, of which one decoder layer at a time is gathered.
+    sharded model, of which one decoder layer (of tensor parallelism, one weight) at a time is
+    gathered.
     """
     inner = unwrapped(model)
     names = {module: name for name, module in inner.named_modules()}
-    parts = fsdp_modules(inner) or [inner]
+    by_fsdp = fsdp_modules(inner)
+    parts = by_fsdp or [inner]
     for part in parts:
-        if is_sharded(model):
+        if by_fsdp:
             part.unshard()
         for module in own_modules(part, set(parts) - {part}):
             for name, x in own_tensors(as_in_file(module)).items():
-                yield f"{names[module]}.{name}".lstrip(".").replace(SAVED, ""), x
-        if is_sharded(model):
+                yield f"{names[module]}.{name}".lstrip(".").replace(SAVED, ""), whole_weight(x)
+        if by_fsdp:
             part.reshard()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.groups import Rows, make_rows
 from pipeline.launch.parallel import padded_micro_batches
 from stages.models.adapters import unwrapped
+from stages.models.context_parallel import cuts_rows, over_parts
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
@@ -21,6 +22,7 @@ from stages.models.loading import score_head
 from stages.models.packing import trunk_options
 from stages.models.sharding import compute_gathered, is_sharded
 from stages.models.soft_prompts import after_soft_prompt, excluded_ids, without_soft_prompt
+from stages.models.tensor_parallel import whole_weight
 from stages.objectives.logprobs import entropy, token_logprobs
 
 LARGE = 200.0  # a logit that every cap changes (usual caps are 30 and 50)
@@ -43,14 +45,25 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
     index, ids = rows.before[mask], rows.responses[mask]
     if head_is_linear(model):
 
+        def at_places(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+            weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
+            excluded = excluded_ids(model, ids.device)
+            found = head_logprobs(hidden, weight, ids[chosen], temperature, with_entropy, excluded=excluded)
+            return found if with_entropy else found[:1]
+
         def compute_logprobs() -> tuple[Tensor, Tensor | None]:
+            if cuts_rows(model):
+                set_mode(model)
+                found = over_parts(unwrapped(model).base_model, rows, index, at_places)
+                return found if with_entropy else (found[0], None)
             hidden = _hidden(model, rows).index_select(0, index)
-            weight = unwrapped(model).get_output_embeddings().weight
+            weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
             excluded = excluded_ids(model, ids.device)
             return head_logprobs(hidden, weight, ids, temperature, with_entropy, excluded=excluded)
 
         logprobs, entropies = compute_gathered(model, compute_logprobs)
     else:
+        assert not cuts_rows(model)  # `place_model` refuses such a head
         set_mode(model)
         logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
         logits = without_soft_prompt(model, logits.index_select(0, index).float() / temperature)
@@ -75,7 +88,8 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
 
         def compute_logprobs() -> Tensor:
             hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, before:]
-            weight, excluded = unwrapped(model).get_output_embeddings().weight, excluded_ids(model, ids.device)
+            weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
+            excluded = excluded_ids(model, ids.device)
             return head_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), excluded=excluded)[0]
 
         return compute_gathered(model, compute_logprobs).view_as(targets)
@@ -100,15 +114,23 @@ def response_values(model: nn.Module, rows: Rows) -> Tensor:
     reward_bias is subtracted, as from scores.
     """
     mask = rows.response_mask
-    values = compute_gathered(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.before[mask])))
-    return _spread(values, mask)
+    return _spread(_scalars(model, rows, rows.before[mask]), mask)
 
 
 def response_scores(model: nn.Module, rows: Rows) -> Tensor:
     """Return r(x, y) − reward_bias, (B,), read at the last real token of each response."""
     if isinstance(model, Ensemble):
         return model.combine([response_scores(member, rows) for member in model.members])
-    return compute_gathered(model, lambda: _head(model, _hidden(model, rows).index_select(0, rows.last)))
+    return _scalars(model, rows, rows.last)
+
+
+def _scalars(model: nn.Module, rows: Rows, index: Tensor) -> Tensor:
+    """Return what a scalar head says at some places of the flattened rows, (n,)."""
+    if not cuts_rows(model):
+        return compute_gathered(model, lambda: _head(model, _hidden(model, rows).index_select(0, index)))
+    set_mode(model)
+    trunk = unwrapped(model).base_model
+    return compute_gathered(model, lambda: over_parts(trunk, rows, index, lambda h, _: (_head(model, h),))[0])
 
 
 @torch.no_grad()

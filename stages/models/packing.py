@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.groups import Rows, make_rows
 from stages.models.adapters import unwrapped
+from stages.models.context_parallel import Part, part_attention
 from stages.models.ensemble import Ensemble
 from stages.models.families import cache_name
 from stages.models.prefix import WORKS_WITH, before, seen_behind
@@ -73,7 +74,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packing: Packing | Tensor | None = None,
+    packing: Packing | Part | Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """Compute attention over packed tokens, as transformers' AttentionInterface calls it.
@@ -85,8 +86,9 @@ def packed_attention(
         value: (1, H_kv, T, D).
         attention_mask: Used for ordinary calls only.
         scaling: Factor on the products of queries and keys; None: 1/√D.
-        packing: A Packing; in a step of the sampler a bias (B, 1, 1, T) over a cache, with B
-            sequences in place of 1; None for an ordinary call.
+        packing: A Packing; a Part of rows that several processes compute; in a step of the sampler
+            a bias (B, 1, 1, T) over a cache, with B sequences in place of 1; None for an ordinary
+            call.
         options: More of the layer's.
 
     Returns:
@@ -105,12 +107,16 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if options.get("softcap") is not None or options.get("position_bias") is not None:
         raise ValueError("packed attention supports neither softcap nor position biases")
+    window = options.get("sliding_window")
+    if isinstance(packing, Part):
+        if front is not None or (window is not None and window < packing.mask.shape[-1]):
+            raise ValueError("rows in parts have neither a prefix nor a sliding window")
+        return part_attention(query, key, value, packing, scaling), None
     if isinstance(packing, Tensor):
         if front is not None:
             packing = F.pad(packing, (front[0].shape[2], 0))
             key, value = behind(front, key, value)
         return one_token_attention(query, key, value, packing, scaling), None
-    window = options.get("sliding_window")
     if window is not None and window < packing.sequences.shape[1]:
         raise ValueError(f"packed attention has no sliding window, and this layer's is {window} tokens")
     compute = in_rows if query.device.type != "cpu" or packing.short else span_by_span

@@ -7,12 +7,15 @@ backward pass; with `offload: all`, shards lie in the CPU's memory, with one pro
 sampler's number of passes is not known beforehand, so it reads a copy that is gathered whole
 (`gathered`). Only rank 0 reads models from disk: it makes them (`make_on_rank_zero`) and sends out
 the shards (`shard`).
+
+With launch.tensor_parallel the ranks of a group hold shares of a model that are never gathered in a
+pass (tensor_parallel.py); fsdp2 then shards each share among the groups.
 """
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +24,10 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
-from pipeline.launch.parallel import from_rank_zero, is_rank_zero, rank_and_world_size
+from pipeline.launch.parallel import arrangement, from_rank_zero, is_rank_zero, rank_and_world_size
+from stages.models import tensor_parallel
 from stages.models.adapters import is_adapted, unwrapped
+from stages.models.context_parallel import compute_whole_rows
 from stages.models.ensemble import members
 from stages.models.layout import Layout
 from stages.models.packing import NAME as PACKED
@@ -91,6 +96,9 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
         device: Where the shard goes, and where the model computes.
         mean: Whether gradients are averaged over processes; otherwise they are summed.
         layout: When weights are freed, and whether shards are offloaded; None: as `Layout()` says.
+
+    Raises:
+        UserError: Tensor parallelism is asked for, and the model cannot be cut.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 
@@ -101,7 +109,10 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
             model.to(device)
             return
         _meet_alone(device)
-    mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],))
+    weights = arrangement().weights
+    # Tensor parallelism alone may shard, or leave nobody to share with.
+    over_data = weights is None or (arrangement().fsdp and weights["data"].size() > 1)
+    mesh = dist.init_device_mesh(device.type, (rank_and_world_size()[1],)) if weights is None else weights["data"]
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     # What does not train has no backward pass to wait for.
     keeps_gathered = layout.shard == "gradients" and any(p.requires_grad for p in model.parameters())
@@ -111,14 +122,25 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for member in members(model):
         inner = unwrapped(member)
+        expected = whole_trial(member)
+        styles = {} if weights is None else tensor_parallel.styles_of(inner)
         # Set in __dict__: as a submodule it would add its parameters to the model's.
         member.__dict__["skeleton"] = without_weights(member).to(device)
         # Layers first: the model's own shard is then of the parameters that no layer has taken.
         # Each is sharded before the next is sent, so a device never holds two whole layers.
         for layer in decoder_layers(inner):
             _broadcast_weights(layer, device)
-            fully_shard(layer, **options)
+            if weights is not None:
+                tensor_parallel.cut(inner, layer, styles, weights["tensor"])
+            if over_data:
+                fully_shard(layer, **options)
         _broadcast_weights(inner, device)
+        if weights is not None:
+            tensor_parallel.cut(inner, inner, styles, weights["tensor"])
+            member.__dict__["is_cut"] = True
+        if not over_data:
+            check_trial(member, expected)
+            continue
         # Resharded too: otherwise gathered weights would survive the loading of others.
         fully_shard(inner, **options)
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
@@ -134,6 +156,52 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
             for module in fsdp_modules(inner):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        check_trial(member, expected)
+
+
+def whole_trial(model: nn.Module) -> Tensor | None:
+    """Check that a model can be cut for tensor parallelism; return what it computes before.
+
+    All processes call it; only rank 0, which has the weights, gets something.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Hidden states of a few tokens; None on the other ranks, and without tensor parallelism.
+
+    Raises:
+        UserError: It cannot be cut; raised on all ranks.
+    """
+    if arrangement().weights is None:
+        return None
+
+    def compute() -> None:
+        tensor_parallel.check_can_be_cut(model, arrangement().tensor)
+        found.append(tensor_parallel.trial(model, lambda function: function()))
+
+    found: list[Tensor] = []
+    from_rank_zero(compute)
+    return found[0] if found else None
+
+
+def check_trial(model: nn.Module, expected: Tensor | None) -> None:
+    """Check that a model computes the same after it was cut, by all processes together.
+
+    Args:
+        model: The model.
+        expected: As `whole_trial` gave it.
+
+    Raises:
+        UserError: It does not; raised on all ranks.
+    """
+    if arrangement().weights is None:
+        return
+    found = None
+    with suppress(RuntimeError, TypeError, ValueError, AttributeError):
+        found = tensor_parallel.trial(model, lambda function: compute_gathered(model, function))
+    # None only on other ranks, which compare nothing.
+    from_rank_zero(lambda: None if expected is None else tensor_parallel.check_same(expected, found, model))
 
 
 def _meet_alone(device: torch.device) -> None:
@@ -163,9 +231,14 @@ def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether a model is sharded."""
+    return any(_by_fsdp(member) or "is_cut" in member.__dict__ for member in members(model))
+
+
+def _by_fsdp(model: nn.Module) -> bool:
+    """Return whether fsdp2 shards a model."""
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(unwrapped(member), FSDPModule) for member in members(model))
+    return isinstance(unwrapped(model), FSDPModule)
 
 
 def decoder_layers(inner: nn.Module) -> list[nn.Module]:
@@ -213,6 +286,8 @@ def compute_gathered(model: nn.Module, function: Callable[[], Result]) -> Result
         return function()
     inner = unwrapped(model)
     with autocast_without_cache(next(model.skeleton.parameters()).device.type):
+        if not _by_fsdp(model):
+            return function()
         result = inner.compute(function)
     if not torch.is_grad_enabled():  # it may be of those that stay gathered until a backward pass
         inner.reshard()
@@ -268,6 +343,7 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
         model: The model.
         reload: Loads the model that it was made from; None: no frozen weights were cast.
     """
+    compute_whole_rows(model)  # rank 0 tries what it publishes, alone
     if is_sharded(model):
         # On the CPU: a device that needs shards has no room for the whole model.
         inside = copy.deepcopy(model.skeleton).cpu()

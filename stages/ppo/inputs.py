@@ -31,7 +31,7 @@ from stages.settings.reward_base import has_own_base, trunk_stage
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
-from stages.shared.runtime import Runtime, can_pack_rows
+from stages.shared.runtime import Runtime, can_pack_rows, cut_rows_of
 from stages.training.session import Session
 
 LONGEST = 2**16
@@ -254,6 +254,10 @@ def load_models(
         value_seed=derive_seed(session.seed, "value"),
     )
     roles = load_roles(folders, runtime.accelerator, adapter, options)
+    for model in roles.models():
+        if model is not roles.judge:  # which scores on rank 0 alone
+            for member in members(model):
+                cut_rows_of(member)
     return replace(roles, packed=can_pack_rows(session, roles.models(), max_length))
 
 

@@ -194,13 +194,13 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
             loss = loss + found["loss/kl"]
         # a padding micro-batch only keeps this rank in step; times 0 it takes part in the
         # collectives
-        roles.accelerator.backward(loss if is_own else 0.0 * loss)
+        roles.accelerator.backward(parallel.for_sum(loss if is_own else 0.0 * loss))
         if roles.value_model is not None:
             old_values, returns = (x[episodes, : mask.shape[1]] for x in (rollout.values, batch.returns))
             with roles.accelerator.autocast():
                 values = response_values(roles.value_model, rows)
             v_loss, v_sums = value_loss(values, old_values, returns, mask, options.clipping.value, tokens)
-            roles.accelerator.backward(v_loss if is_own else 0.0 * v_loss)
+            roles.accelerator.backward(parallel.for_sum(v_loss if is_own else 0.0 * v_loss))
             found["loss/value_avg"] = v_loss
         if not is_own:
             continue
@@ -247,7 +247,7 @@ def ptx_gradient(
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
         total += loss.item() if is_own else 0.0
-        roles.accelerator.backward((options.ptx.coef if is_own else 0.0) * loss)
+        roles.accelerator.backward(parallel.for_sum((options.ptx.coef if is_own else 0.0) * loss))
     parallel.all_reduce_gradients(parameters)
     total = parallel.all_reduce_figures({"loss": total})["loss"]
     ptx_grads = [p.grad for p in parameters]

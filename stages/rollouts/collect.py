@@ -236,6 +236,8 @@ def score_texts(
         return {}, ()
     lengths = rollout.lengths()
     share = sorted(share_groups(lengths, range(len(lengths)), sampling.samples_per_prompt))
+    if not parallel.is_first_of_group():
+        share = []  # the first one asks for the same rows
 
     def score_share() -> tuple[dict[str, Tensor], dict[str, str]]:
         request = ScoreRequest(

@@ -164,7 +164,7 @@ def engine_kl(model: nn.Module, sampled: Sampled, prompts: list[list[int]], spec
         prompts: Their prompts as token ids.
         spec: Device, autocast and padding.
     """
-    rank, size = parallel.rank_and_world_size()
+    rank, size = parallel.data_rank_and_size()
     mine = list(range(rank, len(prompts), size))
     parts = [mine[i : i + CHECKED_AT_A_TIME] for i in range(0, len(mine), CHECKED_AT_A_TIME)]
     sums = {"kl": 0.0, "tokens": 0.0}

@@ -131,7 +131,7 @@ def _sample_on_all_ranks(
 
     groups = [range(i, i + n) for i in range(0, len(request.prompts), n)]
     costs = [len(request.prompts[group[0]]) for group in groups]
-    gathered = parallel.compute_and_all_gather(groups, costs, sample_groups)
+    gathered = parallel.compute_and_all_gather(groups, costs, sample_groups, alone=True)
     episodes = [episode for group in gathered for episode in group]
     responses, logprobs, entropy = zip(*episodes, strict=True)
     width = max(map(len, responses))

@@ -202,12 +202,15 @@ def uneven_batches(experiment: "Experiment", stage: str) -> list[str]:
     """Return a line if the processes cannot split the batch of a stage that trains on text."""
     section = getattr(experiment, stage)
     size, accumulated = section.per_device_train_batch_size, section.gradient_accumulation_steps
-    processes = max(experiment.launch.processes * experiment.launch.nodes, rank_and_size_from_environment()[1])
+    launch = experiment.launch
+    started = max(launch.processes * launch.nodes, rank_and_size_from_environment()[1])
+    processes = max(1, started // launch.together)
     try:
         batch_of_each(size, accumulated, processes)
     except ValueError:
+        whom = "processes" if launch.together == 1 else f"groups of {launch.together} processes"
         return [
             f"{stage}.per_device_train_batch_size: {size} times gradient_accumulation_steps {accumulated} cannot be "
-            f"split among {processes} processes; make one of the two a multiple of that"
+            f"split among {processes} {whom}; make one of the two a multiple of that"
         ]
     return []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.config.checks import OF_METHODS, PREFIX, SOFT, peft_problems
+from pipeline.config.checks import OF_METHODS, PREFIX, SOFT, cut_adapter_problems, peft_problems
 from pipeline.config.section import Section, setting
 from pipeline.config.sections import ModelSettings, PeftSettings, local_folder
 from stages.models.packages import MISSING
@@ -94,6 +94,7 @@ def stage_problems(experiment: "Experiment", stage: str) -> list[str]:
         return prefix_problems(experiment, stage, "model.peft")
     place = f"{stage}.peft"
     lines = peft_problems(peft, place) + prefix_problems(experiment, stage, place)
+    lines += cut_adapter_problems(experiment, peft, place)
     return lines + own_problems(experiment, stage, peft)
 
 

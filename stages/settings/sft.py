@@ -175,7 +175,23 @@ def reads(experiment: "Experiment") -> list[str]:
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     lines = over_context(experiment, "sft") + uneven_batches(experiment, "sft") + stage_problems(experiment, "sft")
+    lines += part_problems(experiment)
     return lines + token_problems(experiment.model.control_tokens) + conditional_problems(experiment)
+
+
+def part_problems(experiment: "Experiment") -> list[str]:
+    """Return a line for each setting that rows in parts (launch.context_parallel) do not allow."""
+    settings, lines = experiment.sft, []
+    if (experiment.launch.context_parallel or 1) == 1:
+        return []
+    if settings.packing:
+        lines.append("sft.packing: rows that processes compute in parts lie in rows of their own; set it to false")
+    if settings.router_aux_loss_coef:
+        lines.append(
+            "sft.router_aux_loss_coef: with launch.context_parallel each process would balance its own tokens only; "
+            "set one of the two to null"
+        )
+    return lines
 
 
 def token_problems(names: Sequence[str] | None) -> list[str]:
@@ -251,6 +267,11 @@ def sample_problems(experiment: "Experiment", settings: ConditionalSettings) -> 
         setting, otherwise = experiment.launch.sharding.split(": ")
         remedy = "use optimizer" if otherwise == "all" else "use ddp"
         lines.append(f"{key}.samples_per_prompt: the policy does not sample under {setting} {otherwise}; {remedy}")
+    elif experiment.launch.together > 1:
+        lines.append(
+            f"{key}.samples_per_prompt: the policy does not sample where processes share a model "
+            f"(launch.tensor_parallel, context_parallel); set both to 1"
+        )
     peft = peft_of(experiment, "sft")
     if peft is not None and peft.method == "adalora" and (settings.rounds or 1) > 1:
         lines.append(f"{key}.rounds: adalora prunes to its rank in one training; set 1 round, or use lora")

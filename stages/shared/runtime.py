@@ -36,7 +36,7 @@ class Runtime:
     attention: str
     """Attention kernel, as model.attn_implementation."""
     sharded: bool
-    """Whether torch's fully_shard holds the weights: for several processes, or for the CPU."""
+    """Whether weights are held in shares: of several processes, or in the CPU's memory."""
     gradient_checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
     trust_remote_code: bool
@@ -120,14 +120,16 @@ def dtype_of(experiment: Any) -> str:
 
 
 def is_sharding(experiment: Any) -> bool:
-    """Return whether fully_shard holds the weights, of several processes or for the CPU."""
+    """Return whether weights are held in shares: of several processes, or in the CPU's memory."""
     launch = experiment.launch
-    return launch.shards_weights and (parallel.rank_and_world_size()[1] > 1 or launch.offload == "all")
+    several = parallel.rank_and_world_size()[1] > 1
+    cut = (launch.tensor_parallel or 1) > 1
+    return launch.offload == "all" or (several and (launch.shards_weights or cut))
 
 
 def saves_together(experiment: Any) -> bool:
-    """Return whether several processes save together, as each has a shard of something."""
-    return parallel.rank_and_world_size()[1] > 1 and experiment.launch.strategy == "fsdp2"
+    """Return whether several processes save together, as each has a share of something."""
+    return parallel.rank_and_world_size()[1] > 1 and experiment.launch.shares_state
 
 
 def check_context(session: Session, section: BaseModel, folder: Path, *lengths: str, ahead: int = 0) -> None:
@@ -197,11 +199,60 @@ def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> A
     from stages.models.roles import make_on_device
 
     model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded, runtime.layout)
+    cut_rows_of(model)
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if runtime.layout.offload_activations:
         offload_activations(model)
     return model
+
+
+def cut_rows_of(model: Any) -> None:
+    """Let a model that trains compute its part of each row, if launch.context_parallel asks for it.
+
+    Args:
+        model: The model, which was tried with packed rows.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if parallel.arrangement().context == 1:
+        return
+    from stages.models.adapters import unwrapped
+    from stages.models.context_parallel import FLAG
+    from stages.models.forward import head_is_linear
+
+    inner = unwrapped(model)
+    check_cuts_rows(model)
+    if inner.get_output_embeddings() is not None and not head_is_linear(model):
+        raise UserError(
+            f"launch.context_parallel: the logits of a {type(inner).__name__} are more than the unembedding times "
+            f"hidden states, which rm and dpo compute in parts; set it to 1"
+        )
+    inner.__dict__[FLAG] = True
+
+
+def check_cuts_rows(model: Any) -> None:
+    """Check that a model can compute rows in parts.
+
+    Args:
+        model: The model, which was tried with packed rows.
+
+    Raises:
+        UserError: It cannot.
+    """
+    from stages.models.adapters import unwrapped
+    from stages.models.packing import reads_packed_rows
+
+    inner, why = unwrapped(model), None
+    if not reads_packed_rows(model):
+        why = "its attention has a window, or takes no other mask"
+    elif bound_of_short_rows(inner.config.to_dict()) is not None:
+        why = "longrope's positions depend on the length of the whole row"
+    if why is not None:
+        raise UserError(
+            f"launch.context_parallel: a {type(inner).__name__} cannot compute rows in parts here ({why}); set it to 1"
+        )
 
 
 def place_frozen(load: Callable[[], Any], runtime: Runtime, max_length: int) -> Any:

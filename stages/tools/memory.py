@@ -29,6 +29,7 @@ from stages.settings.reward_base import trains_sft, with_own_base
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
+from stages.tools.memory_axes import held_together, on_axes, on_device, whole_layers
 from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
@@ -87,7 +88,7 @@ def offloaded(need: Need, experiment: Any, device: str) -> Need:
 
 def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[Need]:
     """Yield what each stage needs before `offloaded`; arguments as of `of_experiment`."""
-    m, dtype, ranks = experiment.model, dtype_for(experiment, device), processes(experiment)
+    m, dtype, ranks = experiment.model, dtype_for(experiment, device), groups(experiment)
     parts, sharded, layout = sharers(experiment), is_sharded(experiment), layout_of(experiment.launch, ranks)
     config = model_config(m, trust_remote_code)
 
@@ -96,6 +97,7 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         how = {"checkpointing": m.gradient_checkpointing, "attention": m.attn_implementation, "layout": layout}
         shares = ranks if layout.splits_step else parts
         sizes = take_step(config, steps, adapter, dtype, device, parts=shares, **how)
+        sizes = on_axes(sizes, experiment.launch, config, steps, m.attn_implementation, parts)
         return sizes if sharded or ranks == 1 else replace(sizes, step=max(sizes.step, summed(sizes.trains)))
 
     seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
@@ -116,7 +118,11 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
 
     def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
-        return take_passes(config, steps, dtype, device, m.attn_implementation, sharded)
+        models, most = take_passes(config, steps, dtype, device, m.attn_implementation, sharded)
+        if parts > 1 and held_together(experiment.launch):
+            gathered = whole_layers(config, {step.model for step in steps}, m.attn_implementation)
+            most += on_device(gathered, experiment.launch, config, steps) - gathered
+        return models, most
 
     if experiment.data.rankings is None:
         yield of_rankings(experiment, config, passes, dtype)
@@ -187,7 +193,7 @@ def of_ppo(
         passes: Passes micro-batches through frozen models, as `take_passes`; read with `second`.
     """
     second = config if second is None else second
-    c, ranks = experiment.ppo, processes(experiment)
+    c, ranks = experiment.ppo, groups(experiment)
     width = (c.max_length - c.response_length, c.response_length)
     episodes, most = -(-c.mini_batch_size // ranks), most_tokens(config, device)
     parts = in_micro_batches([sum(width)] * episodes, range(episodes), 1, c.per_device_train_batch_size, most)
@@ -230,7 +236,7 @@ def of_ppo(
             # of the policy that PPO starts from
             weights += trunk * (sizes.shared and experiment.sft.ppo_init is not None)
     kept = policy * (c.publish_ema + (c.keep == "best"))
-    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // ranks))
+    sampled = min(c.local_rollout_forward_batch_size, -(-c.batch_size // processes(experiment)))
     cache = cache_of(config, sampled, sum(width), dtype)
     cast = policy // 2 if dtype != "float32" else 0
     if sharded:  # a whole copy, with its linear layers cast
@@ -356,12 +362,18 @@ def processes(experiment: Any) -> int:
 
 def sharers(experiment: Any) -> int:
     """Return how many processes hold a shard of each weight."""
-    return processes(experiment) if experiment.launch.shards_weights else 1
+    launch = experiment.launch
+    return processes(experiment) if launch.shards_weights else launch.tensor_parallel or 1
 
 
 def is_sharded(experiment: Any) -> bool:
-    """Return whether models are held in shards: of several processes, or in the CPU's memory."""
+    """Return whether models are held in shares: of several processes, or in the CPU's memory."""
     return sharers(experiment) > 1 or experiment.launch.offload == "all"
+
+
+def groups(experiment: Any) -> int:
+    """Return how many processes, or groups of them, share the rows of a batch."""
+    return max(1, processes(experiment) // experiment.launch.together)
 
 
 def dtype_for(experiment: Any, device: str) -> str:

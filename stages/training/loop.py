@@ -188,7 +188,7 @@ def accumulate_gradients(
     # joins in with a spare one of weight 0.
     for rows, own in parallel.padded_micro_batches(parts, batch[:1] if collective else None):
         share, sums = task.loss(rows, batch)
-        accelerator.backward(share if own else 0.0 * share)
+        accelerator.backward(parallel.for_sum(share if own else 0.0 * share))
         if own:
             for key, value in sums.items():
                 figures[key] = figures.get(key, 0.0) + value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.streams import Stream, derive_seed, grouped_by_length
 from data.text_rows import dataset_of, lengths_of
@@ -23,13 +23,15 @@ from stages.models.activations import offloading
 from stages.models.adalora import adamw_for
 from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
+from stages.models.context_parallel import sum_over_group
 from stages.models.families import has_routers, routing_restored
+from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
 from stages.models.soft_prompts import trains_soft_prompt, unanswered_ids, without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
-from stages.shared.runtime import Runtime
+from stages.shared.runtime import Runtime, check_cuts_rows
 from stages.training.batching import micro_batches
 from stages.training.checkpoint import check_row_order, check_steps_left
 from stages.training.loop import WHOLE_STAGE, Phase
@@ -42,8 +44,10 @@ from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks
 from stages.training.text_packing import check_packing
 from stages.training.text_trainers import (
     no_routers,
+    own_part_loss,
     saving_on_rank_zero,
     with_current_settings,
+    with_groups,
     with_plain_loss,
     with_sharding,
     with_stand_ins,
@@ -158,7 +162,17 @@ def train_language_model(
         shutil.rmtree(scratch, ignore_errors=True)
     steps, order = schedule.total, task.order(schedule.total, derive_seed(session.seed, session.stage))
     arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
-    model = make_on_rank_zero(make) if runtime.sharded else make()
+    longest = max([*lengths_of(task.train_rows), *lengths_of(task.held_out_rows)])
+
+    def made() -> nn.Module:
+        model = make()
+        if parallel.arrangement().context > 1:
+            can_pack(model, longest)
+        return model
+
+    model = make_on_rank_zero(made) if runtime.sharded else made()
+    if parallel.arrangement().context > 1:
+        check_cuts_rows(model)
     rows = dataset_of(task.train_rows, order)
     trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization)
     scaling = new_scaling(trainer.accelerator)
@@ -248,7 +262,7 @@ def trainer_arguments(
     from trl import SFTConfig
 
     every = session.checkpoints.every
-    _, processes = parallel.rank_and_world_size()
+    _, processes = parallel.data_rank_and_size()
     rows, accumulation_steps = batch_of_each(task.rows_per_device, task.accumulation_steps, processes)
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -315,13 +329,16 @@ def make_trainer(
     if runtime.layout.has_stand_ins:
         trainer_class = with_stand_ins(trainer_class, runtime.layout)
     trainer_class = with_current_settings(trainer_class)
+    if parallel.arrangement().together > 1:
+        trainer_class = with_groups(trainer_class)
     smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))
     if smoothing and are_left_out:  # smoothing gives each token of the vocabulary a share; these have none to get
         raise UserError(
             "sft.label_smoothing: the tokens of the model's soft prompt, or its control tokens, have no probability, "
             "so labels cannot be smoothed over the vocabulary; leave it out, or use a model without such tokens"
         )
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing:
+    is_grouped = parallel.arrangement().together > 1  # trl's tiles read the head's weight, which may be cut
+    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing or is_grouped:
         trainer_class = with_plain_loss(trainer_class, smoothing)
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
@@ -404,6 +421,17 @@ def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint 
     return checkpoint
 
 
+def part_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of some rows, which several processes compute together.
+
+    Args:
+        model: The model, which reads packed rows.
+        ids: (B, T), padded on the right.
+        labels: (B, T − 1): the label of each position but the last; −100 where there is no loss.
+    """
+    return sum_over_group(own_part_loss(model, ids, labels, 1.0))
+
+
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, rows: Sequence[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
@@ -426,6 +454,7 @@ def held_out_loss(
     """
     was_training, total, tokens, left = model.training, 0.0, 0, False
     sharded = is_sharded(model)
+    collective = sharded or parallel.arrangement().context > 1  # a forward pass takes several ranks
     model.eval()
     # Rows of similar length together need little padding.
     lengths = lengths_of(rows)
@@ -433,15 +462,19 @@ def held_out_loss(
     own = parallel.rows_of_this_rank(parts, [sum(lengths[i] for i in part) for part in parts])
     # A sharded forward pass takes all ranks: one that has run out repeats a micro-batch, uncounted.
     for part, is_own in parallel.padded_micro_batches(own, parts[0] if sharded else None):
-        if not sharded and (left := leave()):
+        if not collective and (left := leave()):
             break  # no exception yet: the other ranks wait in the all-reduce below
         batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
         labels = batch.pop("labels")[:, 1:]
         with accelerator.autocast():
-            logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])
+            if parallel.arrangement().context > 1:
+                loss = part_loss(model, batch["input_ids"], labels)
+            else:
+                logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])
+                # Divided by 1, it is a sum: the mean below then weighs every label alike.
+                loss = language_model_loss(logits, labels, 1.0)
         if is_own:
-            # Divided by 1, it is a sum: the mean below then weighs every label alike.
-            total += language_model_loss(logits, labels, 1.0).item()
+            total += loss.item()
             tokens += int((labels != -100).sum())
     model.train(was_training)
     sums = parallel.all_reduce_figures({"loss": total, "tokens": tokens, "left": left})

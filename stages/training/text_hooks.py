@@ -104,7 +104,9 @@ class TextHooks:
 
         A resumed run then draws what an uninterrupted one would have drawn.
         """
-        rank, world_size = parallel.rank_and_world_size()
+        world_size = parallel.rank_and_world_size()[1]
+        # Ranks that hold a model together drop the same numbers.
+        rank = parallel.rank_and_world_size()[0] // parallel.arrangement().tensor
         # Of an adapter's dropout in one process, transformers' checkpoint restores the generator.
         if world_size > 1 or self.draws:
             step = self.stage_step(state)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.launch import devices, parallel
 from stages.models.adapters import unwrapped
+from stages.models.context_parallel import own_part
 from stages.models.layout import Layout
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.models.soft_prompts import without_soft_prompt
@@ -42,6 +43,11 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Tensor:
             labels = inputs["labels"][:, 1:]
+            if parallel.arrangement().context > 1:
+                # transformers' count has the labels of a row once for each process that computes it
+                counted = num_items_in_batch / parallel.arrangement().context
+                loss = own_part_loss(model, inputs["input_ids"], labels, counted, label_smoothing)
+                return loss * self.accelerator.num_processes
             # given labels, the model would compute its own loss as well
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
             if self.aux_loss_enabled:
@@ -61,6 +67,22 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             return loss
 
     return PlainLossTrainer
+
+
+def own_part_loss(model: nn.Module, ids: Tensor, labels: Tensor, count: Any, label_smoothing: float = 0.0) -> Tensor:
+    """Return the share of this process in a loss of rows that several processes compute together.
+
+    Args:
+        model: The model, which reads packed rows; or DDP's wrapper of it.
+        ids: (B, T), padded on the right.
+        labels: (B, T − 1): the label of each position but the last; −100 where there is no loss.
+        count: What the sum of cross-entropies is divided by.
+        label_smoothing: Share of a label's probability that is spread over all token ids.
+    """
+    part, options = own_part(ids, None)
+    logits = without_soft_prompt(getattr(model, "module", model), model(**options).logits)
+    labels = torch.nn.functional.pad(labels, (0, part.mask.shape[-1] - labels.shape[1]), value=-100)
+    return language_model_loss(logits, labels[:, part.start : part.stop], count, label_smoothing)
 
 
 def no_routers(kind: str) -> str:
@@ -138,6 +160,38 @@ def saving_on_rank_zero(trainer_class: type) -> type:
             pass
 
     return RankZeroSavingTrainer
+
+
+def with_groups(trainer_class: type) -> type:
+    """Give the ranks of a group the same rows, and sum gradients over the groups."""
+    from accelerate.data_loader import prepare_data_loader
+
+    class GroupsTrainer(trainer_class):
+        def get_train_dataloader(self) -> Any:
+            def prepared(loader: Any, **_: Any) -> Any:
+                rank, size = parallel.data_rank_and_size()
+                return prepare_data_loader(
+                    loader, self.accelerator.device, num_processes=size, process_index=rank, put_on_device=True
+                )
+
+            # accelerate would give each process rows of its own
+            self.accelerator.prepare_data_loader = prepared
+            return super().get_train_dataloader()
+
+        def _clip_grad_norm(self, model: nn.Module) -> Any:
+            # The loss is scaled for a mean over the ranks (PlainLossTrainer). Without tensor
+            # parallelism, DDP or fsdp2 has taken it.
+            summed = (
+                []
+                if parallel.arrangement().weights is None
+                else [p for p in model.parameters() if p.grad is not None and not parallel.is_summed_by_fsdp(p)]
+            )
+            parallel.all_reduce_gradients(summed)
+            for p in summed:
+                p.grad.div_(parallel.rank_and_world_size()[1] // parallel.arrangement().tensor)
+            return super()._clip_grad_norm(model)
+
+    return GroupsTrainer
 
 
 def with_whole_states(trainer_class: type) -> type:

@@ -151,10 +151,19 @@ def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]
         other: Gradients of the same parameters, in the same order.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    if pairs and parallel.arrangement().weights is not None:
+        # Shares of some weights, and copies of others: DTensor knows what is summed once.
+        dot = sum(to_float((a.float() * b.float()).sum()) for a, b in pairs)
+        return _cosine(dot, one, other)
     shards = [(local_shard(a).flatten().float(), local_shard(b).flatten().float()) for a, b in pairs]
     dot = sum(float(torch.dot(a, b)) for a, b in shards)
     if any(isinstance(a, DTensor) for a, _ in pairs):  # each rank has multiplied its shard only
         dot = parallel.all_reduce_figures({"dot": dot})["dot"]
+    return _cosine(dot, one, other)
+
+
+def _cosine(dot: float, one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """Return a dot product of two lists of gradients over their norms; 0 where one vanishes."""
     norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
     size = to_float(norms[0] * norms[1])
     return dot / size if size > 0 else 0.0

@@ -51,14 +51,16 @@ def rlhf_together(
     term: tuple[int, str, int] | None = None,
     seconds: float = 300,
     one_reads: bool = False,
+    size: int = 2,
 ) -> list[int]:
-    """Run one `rlhf` command in two processes, and return their exit codes.
+    """Run one `rlhf` command in two or more processes, and return their exit codes.
 
     Args:
+        size: how many processes.
         die, term: (rank, stage, step), as for `rlhf`.
         one_reads: the second process fails if it loads a model.
     """
-    return end(start_together(argv, die, term=term, one_reads=one_reads), seconds)
+    return end(start_together(argv, die, size, term=term, one_reads=one_reads), seconds)
 
 
 def start_together(

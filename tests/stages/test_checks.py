@@ -168,6 +168,27 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             "model.attn_implementation: eager cannot read the keys and values of a prefix",
         ),
         (
+            ("launch.processes=4", "launch.tensor_parallel=3", "model.peft=null"),
+            "launch.processes: 4 process(es) do not divide into groups of 3 (tensor_parallel 3); set a multiple of 3",
+        ),
+        (
+            ("launch.processes=4", "launch.tensor_parallel=2", "model.peft.method=lora"),
+            "launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and model.p",
+        ),
+        (
+            ("launch.processes=4", "launch.tensor_parallel=2", "model.peft=null", "dpo.peft={method: lora}"),
+            "launch.tensor_parallel: transformers' plans name the weights of a model without an adapter, and dpo.peft",
+        ),
+        (
+            (*PREFIX, "launch.processes=2", "launch.context_parallel=2"),
+            "launch.context_parallel: a prefix's keys come before those of the row",
+        ),
+        (("sft.packing=true", "launch.processes=2", "launch.context_parallel=2"), "sft.packing: rows that processes "),
+        (
+            ("sft.router_aux_loss_coef=0.01", "launch.processes=2", "launch.context_parallel=2"),
+            "sft.router_aux_loss_coef: with launch.context_parallel each process would balance",
+        ),
+        (
             ("model.peft.method=houlsby", "ppo.rollout.engine=vllm"),
             "ppo.rollout.engine: vllm runs its own code of the model, which has no place for the adapter of houlsby",
         ),

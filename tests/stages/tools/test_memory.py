@@ -21,6 +21,7 @@ from stages.models.packing import can_pack
 from stages.models.soft_prompts import SoftPrompt
 from stages.settings import ppo as ppo_settings
 from stages.tools import memory, memory_step
+from stages.tools.memory_axes import on_axes, whole_layers
 from stages.tools.memory_step import Step, take_passes, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
@@ -173,6 +174,21 @@ def test_doctor_tells_the_cpus_memory_apart(capsys, monkeypatch):
     assert print_memory(load_experiment(config, "launch.offload=all"), Console(width=160)) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[-1] == "offloaded" and "in the CPU's memory instead" in out
+
+
+def test_tensor_and_context_parallelism_take_less():
+    """Of rows in parts half of the activations, and of fsdp2's gathered layers a share."""
+    steps = [Step("policy", "logprobs", LENGTHS)]
+    alone, fsdp = (take_step(CONFIG, steps, WHOLE, "float32", "cpu", parts=parts) for parts in (1, 4))
+    launch = LaunchSettings(processes=4, context_parallel=2)
+    parts = on_axes(alone, launch, CONFIG, steps, "sdpa", 1)
+    gradients = alone.trains["policy"]
+    assert parts.step == gradients + (alone.step - gradients) // 2 and parts.weights == alone.weights
+    launch = LaunchSettings(processes=4, tensor_parallel=2, strategy="fsdp2")
+    gathered = whole_layers(CONFIG, {"policy"}, "sdpa")
+    head = 2 * CONFIG.vocab_size * CONFIG.hidden_size * 4
+    assert on_axes(fsdp, launch, CONFIG, steps, "sdpa", 4).step == fsdp.step - gathered + gathered // 2 + head
+    assert on_axes(fsdp, LaunchSettings(processes=4, strategy="fsdp2"), CONFIG, steps, "sdpa", 4) is fsdp
 
 
 def test_a_checkpointed_step_holds_less():
