@@ -62,7 +62,8 @@ class HashedFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if hasattr(self, "file"):  # Python also closes what could not be opened
+            self.file.close()
         super().close()
 
 
