@@ -497,7 +497,9 @@ class TestFit:
         Old checkpoints have a single group whatever the weight decay.
         """
         options = {"learning_rate": 0.1, "max_grad_norm": 1.0}
-        session = SimpleNamespace(stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None))
+        session = SimpleNamespace(
+            stage="rm", checkpoints=CheckpointStore(tmp_path, 1, 2, "run", say=lambda line: None), collective=False
+        )
         old = make_trainee("model", normed(), **options, weight_decay=before)
         if not grouped_before:
             adamw = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": before, "fused": True}
