@@ -10,6 +10,7 @@ import torch
 from resume_worker import CONFIG, copy_without, published, rlhf
 from safetensors.torch import load_file
 
+from pipeline.config.checks import LOW_RANK
 from stages.models.loading import load_policy
 from stages.models.quantized import Quantized
 from tests.builders import tiny_causal
@@ -123,7 +124,8 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
     if bits_of(method) and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed (the extra qlora)")
     chain = tmp_path / "whole"
-    options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}, r: {RANK}}}"]
+    setting = f", r: {RANK}" if method.partition(",")[0] in LOW_RANK else ""
+    options = [f"model.name_or_path={biased}", f"model.peft={{method: {method}{setting}}}"]
     options += ["rm.keep=last", "ppo.keep=last"]  # the best model may be the one that the stage began with
     run = ("-c", str(CONFIG), *options, "--artifacts")
     assert rlhf("run", "evaluate", *run, str(chain)) == 0
