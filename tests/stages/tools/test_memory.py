@@ -210,7 +210,7 @@ def test_processes_that_compute_a_row_together_sum_gradients():
     needs = {need.stage: need for need in memory.of_experiment(experiment, "cpu")}
     rm, base = needs["rm"], needs["base"]
     assert rm.step > 1.99 * rm.weights  # gradients, and a flat copy
-    assert base.step > 2 * base.weights  # and DDP's buckets
+    assert base.step > 3 * base.weights  # and DDP's buckets
 
 
 def test_a_checkpointed_step_holds_less():
