@@ -544,6 +544,15 @@ class LaunchSettings(Section):
         """Return the setting because of which `shards_weights` is true."""
         return "launch.offload: all" if self.offload == "all" else "launch.strategy: fsdp2"
 
+    def divides_weights(self, processes: int) -> bool:
+        """Return whether weights are held in shares: of several processes, or in the CPU's memory.
+
+        Args:
+            processes: Number of processes.
+        """
+        cut = (self.tensor_parallel or 1) > 1
+        return self.offload == "all" or (processes > 1 and (self.shards_weights or cut))
+
     def layout(self, processes: int) -> str | None:
         """Return in words how training is laid out; None for one process that holds everything.
 

@@ -121,10 +121,7 @@ def dtype_of(experiment: Any) -> str:
 
 def is_sharding(experiment: Any) -> bool:
     """Return whether weights are held in shares: of several processes, or in the CPU's memory."""
-    launch = experiment.launch
-    several = parallel.rank_and_world_size()[1] > 1
-    cut = (launch.tensor_parallel or 1) > 1
-    return launch.offload == "all" or (several and (launch.shards_weights or cut))
+    return experiment.launch.divides_weights(parallel.rank_and_world_size()[1])
 
 
 def saves_together(experiment: Any) -> bool:

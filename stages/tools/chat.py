@@ -16,8 +16,8 @@ from stages.tools.chat_panels import print_panels
 from stages.tools.chat_speakers import Answer, Judge, Speaker, find_model, load_judge, load_speakers, reply
 
 UNSCORED = (
-    "not scored: each model is sharded (launch.strategy, launch.offload), so the reward model may not fit into one "
-    "process; launch.strategy=ddp launch.offload=none loads it whole"
+    "not scored: each model is sharded (launch.strategy, offload, tensor_parallel), so the reward model may not fit "
+    "into one process; launch.strategy=ddp launch.offload=none launch.tensor_parallel=1 loads it whole"
 )
 
 
@@ -78,7 +78,7 @@ def engine_of(experiment: Any) -> str:
 def is_sharded(experiment: Any) -> bool:
     """Return whether the stages divide each model among several processes."""
     launch = experiment.launch
-    return launch.shards_weights and (launch.processes * launch.nodes > 1 or launch.offload == "all")
+    return launch.divides_weights(launch.processes * launch.nodes)
 
 
 def load(

@@ -32,12 +32,18 @@ def row(way: str, seed: int, gold: float) -> dict:
 
 
 def test_differences_are_paired_by_seed():
-    golds = {"ppo": (0.7, 0.8, 0.6), "best_of_n": (0.8, 0.8, 0.8), "hindsight": (0.6, 0.75, 0.45)}
+    golds = {
+        "sft": (0.6, 0.7, 0.4),
+        "ppo": (0.7, 0.8, 0.6),
+        "best_of_n": (0.8, 0.8, 0.8),
+        "hindsight": (0.6, 0.75, 0.45),
+    }
     rows = [row(way, seed, gold) for way, own in golds.items() for seed, gold in zip((5, 3, 4), own, strict=True)]
     lines = {line.split("|")[1].strip(): line for line in conditional.table(rows, (3, 4, 5)).splitlines()}
     # differences −0.1, −0.05, −0.15: mean −0.1, t(2) · 0.05 / √3 = 0.124
     assert "−0.100 (−0.224 to 0.024)" in lines["hindsight"]
-    assert lines["PPO"].split("|")[6].strip() == "–" and lines["best of n"].split("|")[5].strip() == "–"
+    assert lines["PPO"].split("|")[7].strip() == "–" and lines["best of n"].split("|")[8].strip() == "–"
+    assert lines["hindsight"].split("|")[6].strip().startswith("0.033 (")
 
 
 @pytest.mark.parametrize("sizes", [conditional.FULL, conditional.QUICK])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.tokenizer import train_tokenizer
-from pipeline.config.sections import PeftSettings
+from pipeline.config.sections import LaunchSettings, PeftSettings
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, save_merged, trainable_parameters, unwrapped, with_adapter
 from stages.models.forward import response_logprobs, response_scores, response_values
@@ -49,7 +49,7 @@ def context(tmp_path, causal, scalar, tokenizer):
             stage="ppo",
             experiment=SimpleNamespace(
                 model=model,
-                launch=SimpleNamespace(device="cpu"),
+                launch=LaunchSettings(device="cpu"),
                 sft=SimpleNamespace(ppo_init=None),
                 rm=SimpleNamespace(peft=None, base=None),
                 ppo=config,

@@ -233,7 +233,7 @@ def test_report_is_shown_after_a_run(rlhf):
 
 def test_what_only_the_machine_knows(rlhf):
     code, _, err = rlhf("run", "text", "launch.device=cuda")
-    assert code == 2 and err.startswith("error: launch.device: cuda, and torch sees no GPU")
+    assert code == 2 and err.startswith("error: launch.device: cuda, and torch sees no such GPU")
 
 
 @pytest.mark.parametrize("hub, offline", [(False, "1"), (True, None)])

@@ -126,7 +126,7 @@ def load(
         raise UserError(str(error).replace("--models:", "playground.policies:")) from error
     judge = judge_of(experiment, store, trust_remote_code)
     if judge is not None:
-        judge.model.to(devices[len(speakers) % len(devices)])
+        judge.model.to(places_here[len(speakers) % len(places_here)])
     judging = threading.Lock()  # the policies' threads share it
     answerers = {speaker.name: make_answerer(speaker, judge, judging, dtype) for speaker in speakers}
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pipeline.config.sections import VllmSettings
+from pipeline.config.sections import LaunchSettings
 from stages.settings.playground import PlaygroundSettings
 
 
@@ -10,7 +10,7 @@ def experiment_of(**playground):
     """Return what the playground reads of an experiment."""
     return SimpleNamespace(
         name="fake",
-        launch=SimpleNamespace(device="cpu", strategy="ddp", processes=1, nodes=1, timeout=600.0, vllm=VllmSettings()),
+        launch=LaunchSettings(device="cpu"),
         evaluate=SimpleNamespace(
             response_length=12,
             reward_ensemble="min",

@@ -117,7 +117,7 @@ def test_vllm_answers_in_a_thread_whole_and_up_to_the_stop_text(store, tmp_path)
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{stand_in}" exec {sys.executable} "$@"\n')
     script.chmod(0o755)
     experiment = experiment_of()
-    experiment.launch.vllm = VllmSettings(python=str(script))
+    experiment.launch = experiment.launch.model_copy(update={"vllm": VllmSettings(python=str(script))})
     served = load(experiment, store, chosen_policies(["sft"], store), "vllm", False)
     found = []
 

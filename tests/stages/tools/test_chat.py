@@ -322,7 +322,9 @@ class TestVllm:
         return str(script)
 
     def set(self, monkeypatch, **settings):
-        monkeypatch.setattr(EXPERIMENT.launch, "vllm", VllmSettings(**settings))
+        monkeypatch.setattr(
+            EXPERIMENT, "launch", EXPERIMENT.launch.model_copy(update={"vllm": VllmSettings(**settings)})
+        )
 
     def test_each_policy_answers_from_its_own(self, store, monkeypatch, python):
         """Greedily both give the same; policies are not loaded here, and nothing is left behind."""
@@ -359,12 +361,12 @@ class TestVllm:
 
 
 def test_reward_models_that_are_divided_among_processes_are_not_loaded(store, monkeypatch):
-    monkeypatch.setattr(EXPERIMENT.launch, "strategy", "fsdp2")
+    monkeypatch.setattr(EXPERIMENT, "launch", EXPERIMENT.launch.model_copy(update={"strategy": "fsdp2"}))
     assert "score " in talk(store, monkeypatch, ["hello"])
-    monkeypatch.setattr(EXPERIMENT.launch, "nodes", 4)
+    monkeypatch.setattr(EXPERIMENT, "launch", EXPERIMENT.launch.model_copy(update={"nodes": 4}))
     monkeypatch.setattr(chat, "load_judge", lambda *_: pytest.fail("loaded"))
     text = talk(store, monkeypatch, ["hello"])
-    assert "not scored: launch.strategy is fsdp2" in text and "score " not in text.replace("not scored", "")
+    assert "not scored: each model is sharded" in text and "score " not in text.replace("not scored", "")
 
 
 def test_one_of_several_processes_is_refused(monkeypatch, capsys):
