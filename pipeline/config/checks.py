@@ -373,7 +373,7 @@ def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
         )
     if launch.shard is not None and launch.strategy == "ddp":
         problems.append("launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsdp2")
-    if launch.offload == "all" and launch.processes * launch.nodes > 1 and launch.strategy == "ddp":
+    if launch.offload == "all" and count_of_processes(launch) > 1 and launch.strategy == "ddp":
         problems.append(
             "launch.offload: all shards the weights, and launch.strategy ddp keeps them whole; set launch.strategy: "
             "fsdp2, or launch.offload: optimizer"
@@ -386,11 +386,16 @@ def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
     return problems
 
 
+def count_of_processes(launch: LaunchSettings) -> int:
+    """Return how many processes there will be, or are: torchrun starts its own."""
+    return max(launch.processes * launch.nodes, rank_and_size_from_environment()[1])
+
+
 def axis_problems(experiment: Common) -> list[str]:
     """Return a line for each axis of parallelism that the processes or the adapter do not allow."""
     launch, lines = experiment.launch, []
     together = launch.together
-    count = max(launch.processes * launch.nodes, rank_and_size_from_environment()[1])
+    count = count_of_processes(launch)
     if count % together:
         axes = [f"{key} {getattr(launch, key)}" for key in AXES if (getattr(launch, key) or 1) > 1]
         lines.append(
@@ -449,8 +454,9 @@ def apple_problems(experiment: Common) -> list[str]:
         )
     if experiment.model.attn_implementation == "flash_attention_2":
         lines.append("model.attn_implementation: flash_attention_2 needs a CUDA GPU, and this is Apple's; use sdpa")
-    if launch.offload in ("optimizer", "all") or launch.offload_activations:
-        lines.append("launch.offload: Apple's GPU (mps) has the CPU's memory, so nothing is saved; leave it out")
+    for key in ("offload", "offload_activations"):
+        if getattr(launch, key) not in (None, False, "none"):
+            lines.append(f"launch.{key}: Apple's GPU (mps) has the CPU's memory, so nothing is saved; leave it out")
     for place, section in sections_in(experiment, ""):
         if getattr(section, "method", None) == "qlora":
             lines.append(f"{place}.method: qlora's kernels do not run on Apple's GPU (mps); use lora")

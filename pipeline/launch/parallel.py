@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from pipeline.errors import UserError
+from pipeline.launch import devices
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,13 +60,14 @@ class Arrangement:
 _arranged = [Arrangement()]  # of this process, as torch's default process group is
 
 
-def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True) -> None:
+def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True, device: str = "cpu") -> None:
     """Put the ranks into groups, once, after they have met.
 
     Args:
         tensor: ranks that hold a model together.
         context: ranks that compute a row together.
         fsdp: whether models that are sharded are sharded among the groups too.
+        device: "cpu" or "cuda", where the models are.
 
     Raises:
         UserError: the ranks do not divide into such groups.
@@ -78,7 +80,6 @@ def arrange(tensor: int = 1, context: int = 1, fsdp: bool = True) -> None:
         key = "launch.tensor_parallel" if tensor > 1 else "launch.context_parallel"
         groups = f"groups of {tensor * context} (tensor_parallel {tensor} × context_parallel {context})"
         raise UserError(f"{key}: {size} process(es) do not divide into {groups}; set launch.processes to a multiple")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (size // (tensor * context), context, tensor)
     rows = dist.init_device_mesh(device, shape, mesh_dim_names=("rows", "context", "tensor"))
     weights = None
@@ -95,7 +96,9 @@ def arrange_as(launch: Any) -> None:
     Raises:
         UserError: the ranks do not divide into such groups.
     """
-    arrange(launch.tensor_parallel or 1, launch.context_parallel or 1, fsdp=launch.strategy == "fsdp2")
+    sizes = (launch.tensor_parallel or 1, launch.context_parallel or 1)
+    # Not merely where there is a GPU: launch.device may ask for the CPU.
+    arrange(*sizes, fsdp=launch.strategy == "fsdp2", device=devices.kind_of(launch.device))
 
 
 def for_sum(loss: Tensor) -> Tensor:

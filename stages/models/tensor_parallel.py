@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_ten
 
 from pipeline.errors import UserError
 from stages.models.adapters import is_adapted, unwrapped
+from stages.models.precision import CAST
 
 PARTIAL = "replicated_with_grad_allreduce"
 TRIED = [[5, 3, 1, 2, 4, 6, 2]]  # tokens of the trial
@@ -173,8 +174,8 @@ def trial(model: nn.Module, run: Callable[[Callable[[], Tensor]], Tensor]) -> Te
     inner = unwrapped(model)
     device, training = next(inner.parameters()).device, inner.training
     inner.train(any(p.requires_grad for p in inner.parameters()))  # as it will compute; dropout is off
-    casts = any(p.dtype == torch.bfloat16 for p in inner.parameters())
-    context: AbstractContextManager = torch.autocast(device.type, dtype=torch.bfloat16) if casts else nullcontext()
+    cast = {p.dtype for p in inner.parameters()} & set(CAST.values())  # frozen linear layers, to one dtype
+    context: AbstractContextManager = torch.autocast(device.type, dtype=cast.pop()) if cast else nullcontext()
     ids = torch.tensor(TRIED, device=device)
     with context:
         states = run(lambda: inner.base_model(input_ids=ids, use_cache=False).last_hidden_state)

@@ -98,15 +98,14 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         shares = ranks if layout.splits_step else parts
         sizes = take_step(config, steps, adapter, dtype, device, parts=shares, **how)
         sizes = on_axes(sizes, experiment.launch, config, steps, m.attn_implementation, parts)
-        return sizes if sharded or ranks == 1 else replace(sizes, step=max(sizes.step, summed(sizes.trains)))
+        alone = processes(experiment) == 1
+        return sizes if sharded or alone else replace(sizes, step=max(sizes.step, summed(sizes.trains)))
 
     seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
     second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
     for stage, of, config_of_stage in text_stages(experiment, config, second):
         c = getattr(of, stage.removeprefix("rm_"))
-        is_small = config_of_stage.get_text_config().vocab_size <= SMALL_VOCABULARY
-        has_soft_prompt = adapter_settings(model_of(of, stage)).soft_prompt is not None
-        head = "logits" if is_small or has_soft_prompt else "text"
+        head = "logits" if has_whole_logits(of, stage, c, config_of_stage) else "text"
         rows, times = batch_of_each(c.per_device_train_batch_size, c.gradient_accumulation_steps, ranks)
         step = Step("policy", head, rows=rows, width=c.max_length + 1, times=min(2, times))
         sizes = take([step], stage, config_of_stage)
@@ -114,7 +113,7 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         kept = trains * (c.keep == "best") // parts
         if stage == "sft" and c.ppo_init is not None:
             kept += sizes.models["policy"]  # the finished policy, while the one for PPO trains
-        buckets = trains * (ranks > 1 and not sharded)  # DDP's buckets of gradients
+        buckets = trains * (processes(experiment) > 1 and not sharded)  # DDP's buckets of gradients
         yield replace(need(stage, sizes, kept), step=sizes.step + buckets)
 
     def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
@@ -137,6 +136,24 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         copies = (c.keep == "best") + (others if stage == "rm" else 0)
         yield need(stage, sizes, kept=copies * sizes.trains[model] // parts)
     yield of_evaluate(experiment, config, passes, dtype, second)
+
+
+def has_whole_logits(experiment: Any, stage: str, section: Any, config: Any) -> bool:
+    """Return whether a stage that trains on text computes all logits at once (see `make_trainer`).
+
+    Args:
+        experiment: The experiment as the stage sees it.
+        stage: The stage.
+        section: Its settings.
+        config: transformers' configuration of its model.
+    """
+    adapter = adapter_settings(model_of(experiment, stage))
+    return (
+        config.get_text_config().vocab_size <= SMALL_VOCABULARY
+        or adapter.soft_prompt is not None
+        or bool(getattr(section, "label_smoothing", None))
+        or held_together(experiment.launch)
+    )
 
 
 def summed(trains: dict[str, int]) -> int:

@@ -16,11 +16,13 @@ from transformers import (
 from data.groups import make_rows
 from pipeline.errors import UserError
 from pipeline.launch import parallel
+from stages.models import tensor_parallel
 from stages.models.adapters import AdapterSettings, with_adapter
 from stages.models.file_tensors import file_tensors
 from stages.models.forward import head_is_linear, response_logprobs, response_scores, text_logprobs
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
+from stages.models.precision import cast_frozen
 from stages.models.sharding import gather_tensors, gathered, is_sharded, publishable, shard, shard_like
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 from tests.together import together
@@ -163,3 +165,13 @@ def check_groups():
 @pytest.mark.slow
 def test_ranks_of_a_group_read_the_same_rows():
     together(4, check_groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_computes_frozen_weights_in_what_they_were_cast_to(dtype):
+    frozen = make("llama").requires_grad_(False)
+    expected = tensor_parallel.trial(frozen, lambda function: function())
+    cast_frozen(frozen, dtype)
+    found = tensor_parallel.trial(frozen, lambda function: function())
+    assert not torch.equal(found, expected)
+    tensor_parallel.check_same(expected, found, frozen)

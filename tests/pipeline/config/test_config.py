@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
+from pipeline.config.checks import layout_problems
 from pipeline.config.help import describe
 from pipeline.config.section import Section
 from pipeline.config.sections import Common, LaunchSettings, is_hub_id, names_hub
@@ -279,3 +280,11 @@ def test_a_password_in_an_address_is_in_no_error_line(tmp_path):
     tree = read_tree(tmp_path / "c.yaml", ["ppo.rewards=[{url: 'http://user:secret@host/score'", "ppo.kl_coef"])
     said = " ".join([*tree.problems, *map(str, tree.origins.values())])
     assert "secret" not in said and "host/score" in said and "should be key=value" in said
+
+
+def test_processes_of_torchrun_count_where_the_config_names_none(monkeypatch):
+    launch = LaunchSettings(offload="all")
+    assert layout_problems(launch, "float32") == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (line,) = layout_problems(launch, "float32")
+    assert line.startswith("launch.offload: all shards the weights, and launch.strategy ddp keeps them whole")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.config.checks import apple_problems
 from pipeline.config.sections import Common
 from pipeline.config.validation import load_experiment
 from pipeline.errors import UserError
@@ -180,3 +181,11 @@ def test_a_config_without_stages_is_checked(has):
     """`apple_problems` walks whatever sections there are."""
     has("mps")
     environment.check_device(Common.model_validate({"name": "x", "launch": {"device": "mps"}}))
+
+
+@pytest.mark.parametrize("key, value", [("offload", "all"), ("offload_activations", True)])
+def test_apples_gpu_has_nothing_to_offload_to(key, value):
+    experiment = Common.model_validate({"name": "x", "launch": {"device": "mps", key: value}})
+    assert [line.split(":")[0] for line in apple_problems(experiment)] == [f"launch.{key}"]
+    for nothing in ("none", None) if key == "offload" else (False, None):
+        assert not apple_problems(Common.model_validate({"name": "x", "launch": {"device": "mps", key: nothing}}))

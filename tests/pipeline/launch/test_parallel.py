@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from pipeline.config.sections import LaunchSettings
 from pipeline.errors import PeerLost
 from pipeline.launch import parallel
 from pipeline.launch.processes import detect_lost_peers
@@ -126,3 +127,15 @@ def test_the_batch_does_not_depend_on_the_number_of_processes():
         assert rows * times * processes == size * accumulated
     with pytest.raises(ValueError, match="3 × 5 rows cannot be split evenly among 2 processes"):
         batch_of_each(3, 5, 2)
+
+
+def test_groups_meet_where_the_models_are(monkeypatch):
+    """With launch.device: cpu on a machine that has a GPU, that is the CPU."""
+    meshes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel, "rank_and_world_size", lambda: (0, 2))
+    monkeypatch.setattr(dist, "init_device_mesh", lambda device, *args, **more: meshes.append(device))
+    for device in ("cpu", "auto"):
+        parallel.arrange_as(LaunchSettings(device=device, processes=2, context_parallel=2))
+    parallel.arrange()
+    assert meshes == ["cpu", "cuda"]

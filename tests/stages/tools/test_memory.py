@@ -25,6 +25,7 @@ from stages.tools.memory_axes import on_axes, whole_layers
 from stages.tools.memory_step import Step, take_passes, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
+MICRO = str(Path(__file__).resolve().parents[2] / "resume" / "micro.yaml")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 WHOLE, LORA = AdapterSettings(), AdapterSettings(method="lora", r=4)
 CONFIG = LlamaConfig(
@@ -189,6 +190,27 @@ def test_tensor_and_context_parallelism_take_less():
     head = 2 * CONFIG.vocab_size * CONFIG.hidden_size * 4
     assert on_axes(fsdp, launch, CONFIG, steps, "sdpa", 4).step == fsdp.step - gathered + gathered // 2 + head
     assert on_axes(fsdp, LaunchSettings(processes=4, strategy="fsdp2"), CONFIG, steps, "sdpa", 4) is fsdp
+
+
+def test_text_is_read_from_whole_logits_where_the_trainer_computes_them():
+    """As `make_trainer` decides: trl's tiles read no cut head, and smooth no labels."""
+    large = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=150_000))
+    for settings, whole in (
+        ([], False), (["sft.label_smoothing=0.1"], True), (["launch.processes=2", "launch.context_parallel=2"], True),
+        (["launch.processes=2", "launch.strategy=fsdp2"], False),
+    ):  # fmt: skip
+        experiment = load_experiment(MICRO, *settings)
+        assert memory.has_whole_logits(experiment, "sft", experiment.sft, large) == whole
+
+
+def test_processes_that_compute_a_row_together_sum_gradients():
+    """They hold flat copies, though they are one group."""
+    wide = ["model.hidden_size=128", "rankings.samples_per_prompt=2", "rm.gradient_accumulation_steps=1"]
+    experiment = load_experiment(MICRO, *wide, "launch.processes=2", "launch.context_parallel=2")
+    needs = {need.stage: need for need in memory.of_experiment(experiment, "cpu")}
+    rm, base = needs["rm"], needs["base"]
+    assert rm.step > 1.99 * rm.weights  # gradients, and a flat copy
+    assert base.step > 3 * base.weights  # and DDP's buckets
 
 
 def test_a_checkpointed_step_holds_less():
