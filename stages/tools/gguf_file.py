@@ -100,7 +100,8 @@ def family_of(config: Any, folder: Path) -> gguf.MODEL_ARCH:
     kind = (config.architectures or ["a model without a class"])[0]
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"{folder}: is {kind}, and GGUF is written here for policies of {known}; {INSTEAD}")
+        remedy = INSTEAD if kind.endswith("ForCausalLM") else "export a policy"
+        raise UserError(f"{folder}: is {kind}, and GGUF is written here for policies of {known}; {remedy}")
     rope, wrong = config.rope_parameters or {}, []
     if rope.get("rope_type", "default") != "default":
         wrong.append(f"rope_type {rope['rope_type']}")
