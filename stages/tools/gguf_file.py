@@ -100,7 +100,7 @@ def family_of(config: Any, folder: Path) -> gguf.MODEL_ARCH:
     kind = (config.architectures or ["a model without a class"])[0]
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        remedy = INSTEAD if kind.endswith("ForCausalLM") else "export a policy"
+        remedy = "export a policy" if kind.endswith("ForSequenceClassification") else INSTEAD
         raise UserError(f"{folder}: is {kind}, and GGUF is written here for policies of {known}; {remedy}")
     rope, wrong = config.rope_parameters or {}, []
     if rope.get("rope_type", "default") != "default":
