@@ -71,7 +71,13 @@ def test_stages_train_score_and_sample(tmp_path):
     """Chat templates are rendered in a process of their own, and so is a function that scores."""
     (tmp_path / "reward.py").write_text("def score(responses, **_):\n    return [len(r) for r in responses]\n")
     root, reward = str(tmp_path / "artifacts"), f"ppo.rewards=[{{python: {tmp_path}/reward.py:score}}]"
-    few = ["ppo.total_episodes=16", "base.max_steps=2", "sft.max_steps=2"]
+    few = [
+        "ppo.total_episodes=16",
+        "ppo.reward_ensemble=mean",
+        "evaluate.reward_ensemble=mean",
+        "base.max_steps=2",
+        "sft.max_steps=2",
+    ]
     code, said, _ = run_without_linux(tmp_path, "run", "ppo", "-c", str(CONFIG), "--artifacts", root, reward, *few)
     assert code == 0, said
     assert (tmp_path / "artifacts/micro/ppo/manifest.json").is_file()
