@@ -1,10 +1,8 @@
 """Test sharded models against whole ones, in two processes that communicate by gloo."""
 
 import copy
-import os
 import shutil
 import sys
-from datetime import timedelta
 from functools import partial
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.errors import UserError
-from pipeline.launch.launcher import process_environments
 from pipeline.launch.parallel import all_reduce_gradients, is_rank_zero, padded_micro_batches, rank_and_world_size
 from stages.models.adalora import triplets_of
 from stages.models.adapters import (
@@ -54,7 +51,7 @@ from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
 from tests.counted import Held
-from tests.forked import process
+from tests.together import together
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]
 RESPONSES = [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
@@ -64,25 +61,9 @@ def slow(*cases):
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
-def together(check, *args):
+def in_two(check, *args):
     """Run check(*args) in two processes; its assertions are those of the test."""
-    children = [process(_run, check, args, variables) for variables in process_environments(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0, 0]
-
-
-def _run(check, args, place):
-    os.environ.update(place)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    check(*args)
-    dist.destroy_process_group()
+    together(2, check, *args, seconds=120, patience=20)
 
 
 def make(family, tied=True, scalar=False, size=61):
@@ -161,7 +142,7 @@ def check_gradients(family, tied, method):
 )
 def test_losses_and_gradients_are_the_whole_models(family, tied, method):
     """Also if one process has one micro-batch and the other two."""
-    together(check_gradients, family, tied, method)
+    in_two(check_gradients, family, tied, method)
 
 
 def check_steps():
@@ -200,7 +181,7 @@ def check_steps():
 
 
 def test_steps_saves_and_loads():
-    together(check_steps)
+    in_two(check_steps)
 
 
 METHODS = {
@@ -299,7 +280,7 @@ def test_each_method_trains_sharded_as_it_does_whole(methods):
     """Six steps on packed and padded rows; AdaLoRA prunes in the first four."""
     if methods is QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra qlora)")
-    together(check_methods, methods)
+    in_two(check_methods, methods)
 
 
 def check_ties():
@@ -332,7 +313,7 @@ def check_ties():
 
 
 def test_a_small_parameter_of_the_loss_is_whole_beside_shards():
-    together(check_ties)
+    in_two(check_ties)
 
 
 def check_whole(method):
@@ -362,7 +343,7 @@ def check_whole(method):
 
 @pytest.mark.parametrize("method", ["lora", *slow((None,))])
 def test_a_whole_copy_reads_as_the_model_does(method):
-    together(check_whole, method)
+    in_two(check_whole, method)
 
 
 def check_memory(dtype, checkpointing, tied):
@@ -401,7 +382,7 @@ def check_memory(dtype, checkpointing, tied):
 
 @pytest.mark.parametrize("dtype, checkpointing, tied", [("bfloat16", True, False), *slow(("float32", False, True))])
 def test_the_memory_of_a_part_is_foretold(dtype, checkpointing, tied):
-    together(check_memory, dtype, checkpointing, tied)
+    in_two(check_memory, dtype, checkpointing, tied)
 
 
 def check_roles(folders, adapter, dtype):
@@ -485,7 +466,7 @@ def test_one_process_reads_for_all(family, adapter, dtype, tmp_path, tokenizer):
     judge.config.reward_bias = 0.0
     save_model(judge, tokenizer, folders[0] / "judge", card="")
     shutil.copytree(folders[0], folders[1], ignore=shutil.ignore_patterns("*.safetensors"))
-    together(check_roles, folders, adapter, dtype)
+    in_two(check_roles, folders, adapter, dtype)
 
 
 def check_memory_of_making(fault):
@@ -516,7 +497,7 @@ def check_memory_of_making(fault):
 @pytest.mark.parametrize("fault", [False, *slow((True,))])
 def test_only_the_first_process_holds_a_whole_model(fault):
     """And an error in it is raised on all ranks."""
-    together(check_memory_of_making, fault)
+    in_two(check_memory_of_making, fault)
 
 
 def check_what_cannot_travel(where):
@@ -547,7 +528,7 @@ def check_what_cannot_travel(where):
 
 @pytest.mark.parametrize("where", slow(("sent",), ("understood",)))
 def test_a_model_that_cannot_travel_is_read_by_each(where):
-    together(check_what_cannot_travel, where)
+    in_two(check_what_cannot_travel, where)
 
 
 def check_no_stale_weights():
@@ -562,7 +543,7 @@ def check_no_stale_weights():
 
 
 def test_weights_that_are_loaded_count():
-    together(check_no_stale_weights)
+    in_two(check_no_stale_weights)
 
 
 class Layer(nn.Module):

@@ -1,19 +1,15 @@
 """Test what is sharded and offloaded: results, checkpoints, and where tensors lie."""
 
 import copy
-import os
-from datetime import timedelta
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.launch import parallel
-from pipeline.launch.launcher import process_environments
 from pipeline.store.optimizer_state import load_optimizer, optimizer_tensors
 from stages.models.activations import ActivationOffload, Waiting, offload_activations
 from stages.models.adapters import AdapterSettings, with_adapter
@@ -25,7 +21,7 @@ from stages.models.sharding import fsdp_modules, gather_tensors, is_sharded, loc
 from stages.training.checkpoint import shard_optimizer_tensors
 from stages.training.stand_ins import stand_in
 from stages.training.trainee import make_trainee, optimizer_step
-from tests.forked import process
+from tests.together import together
 
 PROMPTS, RESPONSES = [[5, 6, 7], [5, 6, 7], [9, 8]], [[1, 2, 3, 4], [3, 4], [7, 7, 2]]
 WHOLE = (Layout(), False)
@@ -49,26 +45,7 @@ TOGETHER = {
 
 def in_processes(count, check, *args):
     """Run check(*args) in so many processes; its assertions are those of the test."""
-    environments = process_environments(count) if count > 1 else [{}]
-    children = [process(_run, check, args, environment) for environment in environments]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * count
-
-
-def _run(check, args, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    if environment:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    check(*args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    together(count, check, *args, seconds=300, patience=120)
 
 
 def make(adapter=None):
