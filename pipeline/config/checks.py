@@ -313,7 +313,7 @@ def peft_problems(peft: PeftSettings, place: str) -> list[str]:
 
 
 def layer_problems(peft: PeftSettings, place: str) -> list[str]:
-    """Return a line for each choice of layers that names nothing, or that is no expression.
+    """Return a line for each choice of layers that is empty or no valid regular expression.
 
     Args:
         peft: The settings.

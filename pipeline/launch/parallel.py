@@ -35,7 +35,7 @@ BUCKET = 16 * 2**20  # elements that are summed in one all-reduce
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the ranks of a run are put into groups that read the same rows.
+    """Hold how the ranks of a run are divided into groups that read the same rows.
 
     A group has tensor × context successive ranks; those of one share of a row come first.
     """

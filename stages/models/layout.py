@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """What is sharded over processes, and what lies in the CPU's memory."""
+    """Hold what is sharded over processes, and what lies in the CPU's memory."""
 
     shard: str = "weights"
     """What fsdp2 shards: "optimizer" (moments), "gradients" (too) or "weights" (all)."""

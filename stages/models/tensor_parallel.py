@@ -125,7 +125,7 @@ def _tied(shared: dict[int, nn.Parameter], whole: Tensor, mine: nn.Parameter, in
 
 
 def _with_own_memory(p: nn.Parameter) -> nn.Parameter:
-    """Return a parameter whose local share is no view of the whole weight, which is then freed."""
+    """Return a parameter whose share has memory of its own, so that the whole weight is freed."""
     local = p.data.to_local()
     if local.untyped_storage().nbytes() == local.nbytes:
         return p
