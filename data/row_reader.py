@@ -126,6 +126,23 @@ def records(kind: str, source: Source, loaded: Loaded, max_rows: int | None = No
         loaded.errors.append(
             f"{source.name}: has {passed} records, and skip leaves out the first {source.skip}; lower skip"
         )
+    elif kind == "rankings":
+        loaded.errors += without_effect(source, reader)
+
+
+def without_effect(source: Source, reader: "RowReader") -> list[str]:
+    """Return an error line for each setting of a source of rankings that none of its rows obeys.
+
+    Args:
+        source: The source.
+        reader: What has read its rows.
+    """
+    lines = []
+    if source.tie_within and not reader.has_ties:
+        lines.append(f"{source.name}: tie_within: no row makes its ranks of scores; take it out of the source")
+    if source.tiers and not reader.has_tiers:
+        lines.append(f"{source.name}: tiers: no row comes from a tool with buckets; take it out of the source")
+    return lines
 
 
 def no_wanted_row(source: Source) -> str:
@@ -150,6 +167,10 @@ class RowReader:
     """The number of rows so far, with those that `where` leaves out."""
     has_where_keys: bool = False
     """Whether any row had all keys of `where`."""
+    has_ties: bool = False
+    """Whether any row had scores, or what else `tie_within` compares."""
+    has_tiers: bool = False
+    """Whether any row was of a form with buckets, which `tiers` puts in order."""
     marked: Counter[bool] = field(default_factory=Counter)
     """Whether a mark says if the answer is good → the number of such rows, of forms with marks."""
     _seen: Seen = field(default_factory=Seen)
@@ -237,6 +258,8 @@ class RowReader:
                 refuse_other_judgments(form, self.source.by)
             if self.source.min_score_ratio != 1.0 and not form.has_votes:
                 raise ValueError(f"min_score_ratio: a row {form} holds no votes; take it out of the source")
+            self.has_ties = self.has_ties or form.has_degrees
+            self.has_tiers = self.has_tiers or form.has_tiers
         if self.kind == "demonstrations" and (form.name == MARKED or form in MAY_BE_MARKED):
             self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
@@ -282,6 +305,8 @@ class RowReader:
                 item = without_templates(item, self.source.templated)
             record = PARSERS[self.kind](item)
             if isinstance(record, Ranking):
+                # Where a row gives both, its ranks are read and its scores only kept.
+                self.has_ties = self.has_ties or (record.scores is not None and "ranks" not in row)
                 record = with_own_id(record, location, self._seen)
             elif self.tasks is not None and isinstance(record, Demonstration | Prompt):
                 record = replace(record, extra=dict(row))  # whole, to be shown before other prompts too

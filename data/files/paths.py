@@ -105,16 +105,37 @@ def of_split(path: str | Path, names: list[str], split: str | None) -> list[str]
     """
     by_split: dict[str, list[str]] = {}
     for name in names:
-        words = [word.lower() for word in SPLIT_WORD.findall(name)]
-        by_split.setdefault(SAME_SPLIT.get(words[-1], words[-1]) if words else "", []).append(name)
-    if family_of_documents(names) or (len(by_split) == 1 and (split is None or "" in by_split)):
+        by_split.setdefault(split_in(name), []).append(name)
+    if split is None and (family_of_documents(names) or len(by_split) == 1):
         return names
     if split is not None and SAME_SPLIT.get(split, split) in by_split:
         return by_split[SAME_SPLIT.get(split, split)]
     examples = ", ".join(f"{key or 'no split'} ({found[0]})" for key, found in sorted(by_split.items()))
+    if set(by_split) == {""}:
+        raise ValueError(f"no name of its files has the split {split} in it; leave split out")
     if len(by_split) == 1:
         raise ValueError(f"no files of the split {split}, only of {examples}; name that split, or other files")
     raise ValueError(f"files of several splits: {examples}; give one as a glob, such as {example_of(path)}")
+
+
+def split_in(name: str) -> str:
+    """Return the split that the name of a file says, the last one of several; "" for none."""
+    words = [word.lower() for word in SPLIT_WORD.findall(name)]
+    return SAME_SPLIT.get(words[-1], words[-1]) if words else ""
+
+
+def check_split_of_file(path: str | Path, split: str) -> None:
+    """Check that a split asked for is the one in the name of a single file.
+
+    Args:
+        path: The file.
+        split: The split.
+
+    Raises:
+        ValueError: It is not, so that nobody knows which rows are meant.
+    """
+    if split_in(Path(path).name) != SAME_SPLIT.get(split, split):
+        raise ValueError(f"split: a file has no splits, and its name does not say {split}; leave split out")
 
 
 def family_of_documents(names: list[str]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.files.delimited import DELIMITERS, delimited_rows
 from data.files.json_rows import json_rows
-from data.files.paths import data_files, format_of, is_glob, matched_files
+from data.files.paths import check_split_of_file, data_files, format_of, is_glob, matched_files
 from data.files.plain_text import text_rows
 from data.files.raw import HashedFile, UnpackError, buffered, foreign_kind, head_of, packing_of, seekable, unpack
 from data.files.reading import Reading
@@ -40,6 +40,12 @@ def file_rows(path: str | Path, reading: Reading) -> Generator[tuple[str, object
         with I from 0; in a folder FILE is the file's own path.
     """
     if not Path(path).is_dir() and not is_glob(path):
+        if reading.split is not None:
+            try:
+                check_split_of_file(path, reading.split)
+            except ValueError as error:
+                reading.errors.append(f"{path}: {error}")
+                return
         yield from one_file(path, reading)
         return
     found = matched_files(path)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.files.paths import split_in
+
 
 def saved_folder(folder: Path, split: str | None) -> Path | None:
     """Return the folder of a saved data set, or of one of its splits.
@@ -24,12 +26,15 @@ def saved_folder(folder: Path, split: str | None) -> Path | None:
         splits = read_object(folder / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or not splits:
             raise ValueError("dataset_dict.json names no splits; save the data set again")
-        chosen = splits[0] if len(splits) == 1 else split
+        chosen = splits[0] if len(splits) == 1 and split is None else split
         if chosen not in splits:
             ways = ", ".join(str(folder / str(name)) for name in splits)
             raise ValueError(f"holds the splits {', '.join(map(str, splits))}; give one as the path: {ways}")
         return folder / str(chosen)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        own = read_object(folder / "state.json").get("_split") or split_in(folder.name)
+        if split is not None and split != own:
+            raise ValueError(f"is {f'the split {own}' if own else 'no split'}, and not {split}; leave split out")
         return folder
     return None
 

@@ -81,6 +81,11 @@ class Form:
     """Further keys that the form reads in a row, where they are numbered or named by the user."""
     has_votes: bool = False
     """Whether answers have votes, which `min_score_ratio` compares; for others it is an error."""
+    has_degrees: bool = False
+    """Whether a preference between two answers is a number, which `tie_within` compares as it does
+    scores; for rows without either it is an error."""
+    has_tiers: bool = False
+    """Whether labelers may sort into buckets, which `tiers` puts in order; for others an error."""
     strict: bool = False
     """Whether a key that is neither in `needs` nor in `also` is an error: True for our own forms,
     where it is a misspelling."""

@@ -179,12 +179,15 @@ def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[
         options: `tiers` gives the order of buckets.
 
     Raises:
-        ValueError: There are buckets, and `tiers` does not say which is the best.
+        ValueError: There are buckets, and `tiers` does not say which is the best; or there are
+            none, and `tiers` is given.
     """
     tiers = tiers_of(rows)
     if tiers and not options.tiers:
         names = ", ".join(tiers)
         raise ValueError(f"the answers are sorted into the buckets {names}; say tiers: [{names}] in order, best first")
+    if options.tiers and not tiers and any(row["annotations"] for _, row in rows):
+        raise ValueError("tiers: no answer is sorted into a bucket; take tiers out of the source")
     seen: dict[str, int] = {}
     for location, row in rows:
         try:
@@ -217,6 +220,8 @@ def short_export(row: Row, options: Options) -> Row:
     raise ValueError("this is a short export of Label Studio (JSON-MIN or CSV); export the project as JSON")
 
 
-TASKS = Form(("annotations", "data"), ("id",), single_task, name="Label Studio", gather=gather, prompt=prompt_of)
+TASKS = Form(
+    ("annotations", "data"), ("id",), single_task, name="Label Studio", gather=gather, prompt=prompt_of, has_tiers=True
+)
 SHORT_EXPORT = Form(("annotation_id", "annotator", "lead_time"), (), short_export, name="Label Studio's short export")
 LABEL_STUDIO = (TASKS, SHORT_EXPORT)

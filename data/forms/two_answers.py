@@ -259,6 +259,7 @@ ALPACA_PAIR = Form(
     name="AlpacaEval and AlpacaFarm",
     fits=lambda row: "label" not in row,
     prompt=instruction_prompt,
+    has_degrees=True,
 )
 LABELLED_PAIR = Form(
     ("instruction", "output_1", "output_2", "label"),

@@ -63,6 +63,9 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "encoder_hidden_size": ("p_tuning", *PREFIX),
 }
 
+OF_RANKINGS = ("by", "tie_within", "min_score_ratio", "tiers")
+"""Settings of a source that say how rankings are made of its rows."""
+
 Problem = tuple[tuple, str]
 
 
@@ -103,7 +106,8 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
             where: tuple[Any, ...] = ("data", kind) if index is None else ("data", kind, index)
             if isinstance(part, dict):
                 where += ("path",)
-            problems += aside_problems(where[:-1], part) if isinstance(part, dict) else []
+            if isinstance(part, dict):
+                problems += aside_problems(where[:-1], part) + idle_problems(where[:-1], kind, part, index is None)
             (text,) = source_paths(part) if not isinstance(part, list) else (None,)
             if not isinstance(text, str):
                 continue
@@ -121,6 +125,25 @@ def data_path_problems(data: dict[str, Any]) -> list[Problem]:
             elif not is_hub_id(text) and not exists(text):
                 remedy = f"should be world, an existing path{relative_to(text)} or a Hub id org/name"
                 problems.append((where, f"no such file: {text}; {remedy}"))
+    return problems
+
+
+def idle_problems(where: tuple[Any, ...], kind: str, part: dict[str, Any], alone: bool) -> list[Problem]:
+    """Return the problems of settings that do nothing where they stand.
+
+    Args:
+        where: The path of the source's keys.
+        kind: The kind of data.
+        part: The source.
+        alone: Whether it is the only one, and no part of a mixture.
+    """
+    problems: list[Problem] = []
+    if alone and part.get("weight") is not None:
+        problems.append(((*where, "weight"), "is a share of a mixture, and there is one source; leave it out"))
+    for key in () if kind == "rankings" else OF_RANKINGS:
+        default = DataSource.model_fields[key].get_default(call_default_factory=True)
+        if key in part and part[key] != default:
+            problems.append(((*where, key), f"says how rankings are read, and these are {kind}; leave it out"))
     return problems
 
 

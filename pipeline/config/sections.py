@@ -263,6 +263,14 @@ class DataSource(Section):
         gt=0,
     )
 
+    @field_validator("tiers")
+    @classmethod
+    def _different_tiers(cls, value: list[str]) -> list[str]:
+        twice = next((name for name in value if value.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"names {twice!r} twice; should name each tier once, the best first")
+        return value
+
 
 DataValue = str | DataSource | list[str | DataSource] | None
 """Value of a kind of data: where it comes from, or the sources of a mixture."""

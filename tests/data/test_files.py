@@ -522,6 +522,18 @@ def test_one_split_of_a_folder_can_be_named(tmp_path):
     assert "several splits" in line_of(tmp_path, split="other")
 
 
+def test_a_split_that_no_file_has_is_refused(tmp_path):
+    row = json.dumps({"n": 1})
+    file, text = written(tmp_path, "rows.jsonl", row), written(tmp_path, "notes/a.txt", "text")
+    only = written(tmp_path, "only/dev.jsonl", row)
+    assert line_of(file, split="test").endswith("its name does not say test; leave split out")
+    assert "no name of its files has the split test" in line_of(text.parent, split="test")
+    assert "no files of the split test, only of validation" in line_of(only.parent, split="test")
+    assert "its name does not say test" in line_of(only, split="test")
+    for path in (only, only.parent):
+        assert read(path, split="validation")[1] == [{"n": 1}] == read(path)[1]
+
+
 def test_an_error_in_a_folder_names_the_file(tmp_path):
     written(tmp_path, "a.jsonl", "{}\n")
     path = written(tmp_path, "b.jsonl", "{}\noops\n")
@@ -563,6 +575,13 @@ def test_a_saved_data_set_of_several_splits_names_their_paths(saved):
     both = saved / "both"
     assert line_of(both).endswith(f"holds the splits train, test; give one as the path: {both}/train, {both}/test")
     assert read(both, split="test")[1] == ROWS[:1] and "holds the splits" in line_of(both, split="validation")
+
+
+def test_a_split_that_a_saved_data_set_is_not_is_refused(saved):
+    assert "holds the splits train;" in line_of(saved / "only", split="test")
+    assert "is the split train, and not test" in line_of(saved / "only" / "train", split="test")
+    assert "is no split, and not test" in line_of(saved / "one", split="test")
+    assert read(saved / "both" / "test", split="test")[1] == ROWS[:1]
 
 
 def test_a_damaged_saved_data_set_is_one_line(saved, tmp_path):

@@ -61,6 +61,7 @@ def test_lists_and_names():
         ("on_bad_row=3", "on_bad_row: "),
         ("where=en", "where: "),
         ("max_bad=2", "max_bad: "),
+        ("tiers=good,bad,good", "names 'good' twice"),
     ],
 )
 def test_a_mistake_is_named_with_its_key(word, problem):

