@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, object]]:
                 with suppress(ValueError):  # a row without such a key is reported when it is read
                     value = renamed(value, part.columns or {})
             yield location, value
+
+
+def without_tiers(source: Source) -> Source:
+    """Return a source of rankings without `tiers`, unless it comes from a tool with buckets."""
+    found = (form_or_none("rankings", value) for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS))
+    has_buckets = any(one is not None and one[0].has_tiers for one in found)
+    return source if has_buckets else replace(source, tiers=())
 
 
 def form_or_none(kind: str, value: object) -> tuple[Form, Row] | None:

@@ -179,15 +179,12 @@ def gather(rows: Sequence[tuple[str, Row]], options: Options) -> Iterator[tuple[
         options: `tiers` gives the order of buckets.
 
     Raises:
-        ValueError: There are buckets, and `tiers` does not say which is the best; or there are
-            none, and `tiers` is given.
+        ValueError: There are buckets, and `tiers` does not say which is the best.
     """
     tiers = tiers_of(rows)
     if tiers and not options.tiers:
         names = ", ".join(tiers)
         raise ValueError(f"the answers are sorted into the buckets {names}; say tiers: [{names}] in order, best first")
-    if options.tiers and not tiers and any(row["annotations"] for _, row in rows):
-        raise ValueError("tiers: no answer is sorted into a bucket; take tiers out of the source")
     seen: dict[str, int] = {}
     for location, row in rows:
         try:

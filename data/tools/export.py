@@ -15,20 +15,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 from xml.sax.saxutils import quoteattr
 
 from data.check.command import Context
 from data.check.config import Input
-from data.check.guess import GUESSED_ROWS, all_rows, form_or_none
+from data.check.guess import without_tiers
 from data.check.judgments import hash64
 from data.error_lines import shorten
-from data.files.reading import Reading
 from data.progress import Watch, unwatched
 from data.records import Ranking, as_messages, prompt_key
-from data.source import Source
 from data.streams import derive_seed
 from data.tools.inputs import Opened, open_inputs
 from pipeline.errors import UserError
@@ -124,20 +121,10 @@ def write(
             problem = f"holds {one.kind}; people compare responses"
             raise UserError(f"{one.source.name}: {problem}, so give rankings (ranks: [null, null] if nobody judged)")
     tiers = check_tiers(opened[0].source.tiers or TIERS)
+    # of other tools' files they name only the buckets to write
     opened = [replace(one, source=without_tiers(one.source)) for one in opened]
     found = Tasks(request.seed)
     return found, write_folder(found.of(opened), request, tiers), tiers
-
-
-def without_tiers(source: Source) -> Source:
-    """Return a source without `tiers`, which name the buckets to write, unless it has such itself.
-
-    Args:
-        source: An input of rankings.
-    """
-    found = (form_or_none("rankings", value) for _, value in islice(all_rows(source, Reading()), GUESSED_ROWS))
-    has_own = any(one is not None and one[0].has_tiers for one in found)
-    return source if has_own else replace(source, tiers=())
 
 
 def check_tiers(tiers: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from data.source import Source
 from data.sources import load
 from pipeline import api, cli
 from pipeline.api import Location
+from pipeline.errors import UserError
 from pipeline.fingerprints import sources
 from stages.people.rank import lead, snapshots
 from stages.people.rank.imports import import_rankings
@@ -168,6 +169,8 @@ def test_export_and_import_bring_the_same_rankings(experiment, tmp_path):
     counts = import_rankings(other, Path("out.jsonl"), (), time.time())
     assert counts == {"added": 2}
     assert import_rankings(other, Path("out.jsonl"), (), time.time()) == {"there already": 2}
+    with pytest.raises(UserError, match="tiers: no row comes from a tool with buckets"):
+        import_rankings(other, Path("out.jsonl"), ("good", "bad"), time.time())
     with other.read() as connection:
         got = [(row.prompt, row.labeler, row.ranks) for row in rankings(connection)]
     assert got == [(row.prompt, row.labeler, row.ranks) for row in rows_of(page)]

@@ -109,7 +109,7 @@ def move_labels(experiment: "Experiment", store: ArtifactStore, options: Options
             path = Path(options.imported).expanduser()
             if not path.is_file():
                 raise UserError(f"--import: no such file: {path}; give a file of rankings")
-            counts = import_rankings(database, path, options.tiers or export_tiers(), time.time())
+            counts = import_rankings(database, path, options.tiers, time.time())
             for what, number in sorted(counts.items()):
                 say(f"{path}: {number:,} rankings {what}")
         if options.export is not None:
@@ -117,13 +117,6 @@ def move_labels(experiment: "Experiment", store: ArtifactStore, options: Options
     finally:
         database.close()
     return 0
-
-
-def export_tiers() -> tuple[str, ...]:
-    """Return the buckets that our own export to Label Studio makes."""
-    from data.tools.export import TIERS
-
-    return TIERS
 
 
 # -- tasks ---------------------------------------------------------------------------------------

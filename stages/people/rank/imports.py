@@ -6,8 +6,10 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 
+from data.check.guess import without_tiers
 from data.records import Ranking, prompt_key
 from data.source import Source
+from data.tools.export import TIERS as EXPORTED
 from pipeline.errors import UserError
 from stages.people.rank import assign, moves
 from stages.people.rank.answer_files import ranking_task, read_records
@@ -27,7 +29,8 @@ def import_rankings(database: Database, path: Path, tiers: tuple[str, ...], now:
     Args:
         database: The database.
         path: The file.
-        tiers: The names of buckets, the best first, if it is Label Studio's.
+        tiers: The names of buckets, the best first, if it is Label Studio's; none: those that our
+            own export makes.
         now: The time.
 
     Returns:
@@ -36,7 +39,8 @@ def import_rankings(database: Database, path: Path, tiers: tuple[str, ...], now:
     Raises:
         UserError: With a line for every mistake in the file; nothing is added then.
     """
-    rankings = list(read_records("rankings", Source(path=path, templated="keep", tiers=tiers)))
+    source = Source(path=path, templated="keep", tiers=tiers or EXPORTED)
+    rankings = list(read_records("rankings", source if tiers else without_tiers(source)))
     counts: Counter[str] = Counter()
     with database.transaction() as connection:
         by_prompt: dict[str, list[Task]] = {}
