@@ -149,6 +149,10 @@ def read_name(tree: Tree) -> str:
     return name
 
 
+KEY_NAME = "key_env"
+"""The setting that names the environment variable with a server's key."""
+
+
 def explain(error: ValidationError, tree: Tree, experiment_class: type[BaseModel]) -> list[str]:
     """Return pydantic's errors as our lines.
 
@@ -170,6 +174,10 @@ def explain(error: ValidationError, tree: Tree, experiment_class: type[BaseModel
             lines.append(f"{where}: {key}: is missing; {meaning(experiment_class, path, items[0]['loc'])}")
         elif kind == "extra_forbidden":
             lines.append(f"{where}: {key}: unknown key; {advice(experiment_class, path, items[0]['loc'])}")
+        elif path[-1] == KEY_NAME:
+            # whoever wrote the key itself here must not find it in a log
+            remedy = "should be the name of the environment variable that holds the key; what is there is not shown"
+            lines.append(f"{where.partition('=')[0]}: {key}: {remedy}")
         else:
             wishes = dict.fromkeys(expectation(item["msg"]) for item in items)
             lines.append(f"{where}: {key}: {show(items[0]['input'])}; {', or '.join(wishes)}")

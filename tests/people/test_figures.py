@@ -155,6 +155,18 @@ def test_repetitions_are_compared_with_the_first_ranking():
     assert figures.self_agreement([rows[1]]) == {}
 
 
+def test_the_interval_of_a_correlation_stays_within_its_bounds():
+    from stages.evaluation.statistics import mean_estimate
+
+    few = figures.mean_correlation([1.0, -1.0, 0.2], [1, 2, 3])
+    plain = mean_estimate([1.0, -1.0, 0.2], [1, 2, 3])
+    assert few["value"] == pytest.approx(plain["value"]) and few["se"] == pytest.approx(plain["se"])
+    assert plain["ci95"][0] < -1 and -1 <= few["ci95"][0] < few["value"] < few["ci95"][1] <= 1
+    alike = figures.mean_correlation([1.0] * 5, [1, 2, 3, 4, 5])
+    assert alike["value"] == 1 and alike["ci95"][0] < 0.8 and alike["ci95"][1] == 1
+    assert figures.mean_correlation([0.5], [1])["value"] == pytest.approx(0.5)
+
+
 def test_kendall_is_zero_by_chance_and_counts_ties():
     order = ((1,), (2,), (3,), (4,))
     same = [judged(order, task=task, labeler=who) for task in range(4) for who in (1, 2)]

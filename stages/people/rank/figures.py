@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.records import Ranking
-from stages.evaluation.statistics import agreements, mean_estimate, share_of_counts
+from stages.evaluation.statistics import agreements, share_estimate, share_of_counts
 from stages.people.rank.judged import Facts, Judged, Tiers, ranks_of
 
 TRAINED = ("first", "overlap")
@@ -85,7 +85,7 @@ def kendall(rows: Iterable[Judged]) -> dict[str, Any] | None:
     ties: a place shared by one of two labelers lowers it. 1 is full agreement.
 
     Returns:
-        As from `mean_estimate`; None if no task has been ranked twice, ties apart.
+        As from `mean_correlation`; None if no task has been ranked twice, ties apart.
     """
     by_task: dict[int, list[Judged]] = {}
     for row in ranked(rows):
@@ -99,7 +99,26 @@ def kendall(rows: Iterable[Judged]) -> dict[str, Any] | None:
             if found is not None:
                 values.append(found)
                 tasks.append(task)
-    return mean_estimate(values, tasks) if values else None
+    return mean_correlation(values, tasks) if values else None
+
+
+def mean_correlation(values: Sequence[float], tasks: Sequence[int]) -> dict[str, Any]:
+    """Estimate the mean of correlations as 2 s − 1 of a share s: no interval leaves [−1, 1].
+
+    Args:
+        values: The correlations.
+        tasks: The task of each.
+
+    Returns:
+        As from `share_estimate`.
+    """
+    estimate = share_estimate([(1 + value) / 2 for value in values], tasks)
+    error, interval = estimate["se"], estimate["ci95"]
+    return estimate | {
+        "value": 2 * estimate["value"] - 1,
+        "se": None if error is None else 2 * error,
+        "ci95": None if interval is None else [2 * bound - 1 for bound in interval],
+    }
 
 
 @lru_cache(maxsize=50_000)  # few rankings of few answers differ, and scipy takes 2 ms for each
@@ -221,7 +240,7 @@ def length_correlation(rows: Iterable[Judged], lengths: Mapping[int, int]) -> di
     """Estimate the mean rank correlation between length and preference within a ranking.
 
     Returns:
-        As from `mean_estimate`: 1 if longer is always better; None if it is nowhere defined.
+        As from `mean_correlation`: 1 if longer is always better; None if it is nowhere defined.
     """
     values, tasks = [], []
     for row in ranked(rows):
@@ -231,7 +250,7 @@ def length_correlation(rows: Iterable[Judged], lengths: Mapping[int, int]) -> di
             # plain Python: numpy takes ten times as long for so few numbers
             values.append(correlation([preferred[one] for one in answers], [by_length[one] for one in answers]))
             tasks.append(row.task)
-    return mean_estimate(values, tasks) if values else None
+    return mean_correlation(values, tasks) if values else None
 
 
 def shortest_last(answers: Iterable[int], lengths: Mapping[int, int]) -> Tiers:

@@ -298,6 +298,21 @@ def test_a_password_in_an_address_is_in_no_error_line(tmp_path):
     assert "secret" not in said and "host/score" in said and "should be key=value" in said
 
 
+def test_a_key_in_place_of_its_variable_is_in_no_error_line(tmp_path):
+    class Server(Section):
+        key_env: str | None = Field(None, pattern="^[A-Z_]*$", description="variable")
+
+    class WithServers(Common):
+        servers: list[Server] = Field(default_factory=list)
+
+    (tmp_path / "e.yaml").write_text("name: a\nservers: [{key_env: sk-1234}]\n")
+    for overrides, place in (([], "e.yaml:2"), (["servers=[{key_env: sk-1234}]"], "override servers")):
+        with pytest.raises(UserError) as caught:
+            load_experiment("e.yaml", overrides, WithServers, ())
+        (line,) = caught.value.lines
+        assert line.startswith(f"{place}: servers.0.key_env: should be the name") and "sk-1234" not in line
+
+
 def test_processes_of_torchrun_count_where_the_config_names_none(monkeypatch):
     launch = LaunchSettings(offload="all")
     assert layout_problems(launch, "float32") == []
