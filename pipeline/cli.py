@@ -465,7 +465,7 @@ A signal ends it (exit code 0) when the requests that have come are answered."""
         "--how",
         choices=["mean", "min"],
         default=None,
-        help="how the models of an ensemble score as one (default: ppo.reward_ensemble)",
+        help="how the models of an ensemble score as one (default: as in ppo)",
     )
     serve.add_argument("--trust-remote-code", action="store_true", help="run code that a model brings")
 

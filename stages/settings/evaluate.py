@@ -14,6 +14,7 @@ from stages.settings.policies import (
     ranks_by_scorers,
     simulates_labelers,
 )
+from stages.settings.ppo import ensemble_ways
 from stages.settings.rollout import OF_FINISHED, EngineSettings, missing_engine
 from stages.settings.rounds import measured_files
 from stages.settings.scorers.common import ScorerSection
@@ -270,11 +271,16 @@ def check(experiment: "Experiment") -> list[str]:
         if policy not in known
     ]
     if "ppo" in compared_policies(experiment):
-        for key in ("missing_eos_score", "reward_ensemble"):
-            own, ppos = getattr(settings, key), getattr(experiment.ppo, key)
-            if own != ppos:
+        ppos = {
+            "missing_eos_score": {"ppo.missing_eos_score": experiment.ppo.missing_eos_score},
+            "reward_ensemble": ensemble_ways(experiment.ppo),
+        }
+        for key, found in ppos.items():
+            own = getattr(settings, key)
+            if found and own not in found.values():
+                theirs, value = next(iter(found.items()))
                 lines.append(
-                    f"evaluate.{key}: is {own} and ppo.{key} is {ppos}, so scores would not be those that PPO "
+                    f"evaluate.{key}: is {own} and {theirs} is {value}, so scores would not be those that PPO "
                     f"maximised; set both to the same value"
                 )
     lines += judge_problems(settings) + selector_problems(settings)

@@ -298,6 +298,20 @@ def named_rewards(settings: PPOSettings) -> list[tuple[str, str, ScorerSection]]
     return list(zip(keys, names_of(settings.rewards), settings.rewards, strict=True))
 
 
+def ensemble_ways(settings: PPOSettings) -> dict[str, How]:
+    """Return how PPO combines this experiment's ensemble of reward models.
+
+    Returns:
+        The setting that says so → its value: of those in `rewards` that name `rm`, the climbed ones
+        first; {} if none does.
+    """
+    if settings.rewards is None:
+        return {"ppo.reward_ensemble": settings.reward_ensemble}
+    named = [(f"{key}.how", one) for key, _, one in named_rewards(settings) if isinstance(one, ModelScorer)]
+    own = sorted((not one.weight, key, one.how) for key, one in named if one.is_own())
+    return {key: how for _, key, how in own}
+
+
 def check(experiment: "Experiment") -> list[str]:
     """Return a line for each combination of settings that cannot work."""
     settings = experiment.ppo

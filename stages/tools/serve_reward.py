@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.stage import StopFlag
 from pipeline.store.artifacts import ArtifactStore
 from stages.settings.checks import context_of
+from stages.settings.ppo import ensemble_ways
 from stages.tools.serve_reward_http import Batch, RewardServer, WrongRequest
 
 WAIT_SECONDS = 0.1
@@ -36,7 +37,7 @@ class Options:
     batch_size: int | None = None
     """The most responses in a forward pass; None: as ppo.per_device_train_batch_size."""
     how: str | None = None
-    """How the models of an ensemble score as one: mean or min; None: as ppo.reward_ensemble."""
+    """How the models of an ensemble score as one: mean or min; None: as PPO does it."""
 
 
 def run(
@@ -155,7 +156,7 @@ def load_score(
         raise UserError(f"--model: the tokenizer in {folder} has no chat template, which prompts are read by")
     model = load_reward_model(
         folder,
-        options.how or experiment.ppo.reward_ensemble,
+        options.how or next(iter(ensemble_ways(experiment.ppo).values()), "mean"),
         attn_implementation=experiment.model.attn_implementation,
         trust_remote_code=trust_remote_code,
     ).to(accelerator.device)

@@ -213,11 +213,28 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
             "model.peft.prompt_tuning_init_text: has no effect with prompt_tuning_init random; use text",
         ),
         (("ppo.reward_ensemble=min",), "evaluate.reward_ensemble: is mean and ppo.reward_ensemble is min"),
+        (
+            ("ppo.rewards=[{model: rm, how: min}]",),
+            "evaluate.reward_ensemble: is mean and ppo.rewards[0].how is min, so scores would not be",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(tmp_path, overrides, start):
     (line,) = problems(tmp_path, *overrides)
     assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "rewards, how",
+    [
+        ("[{model: rm, how: min}]", "min"),
+        ("[{model: rm, weight: 0}, {model: rm, name: least, how: min}]", "min"),
+        ("[{rule: words, at_most: 9}]", "min"),  # nothing of rm is climbed
+    ],
+)
+def test_evaluate_combines_an_ensemble_as_ppo_does(tmp_path, rewards, how):
+    settings = ("rm.ensemble=3", f"ppo.rewards={rewards}")
+    assert problems(tmp_path, *settings, f"evaluate.reward_ensemble={how}") == []
 
 
 def test_a_prefix_takes_of_the_context(tmp_path):

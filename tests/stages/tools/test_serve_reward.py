@@ -30,7 +30,7 @@ from tests.builders import tiny_scalar, tiny_tokenizer
 
 EXPERIMENT = SimpleNamespace(
     launch=SimpleNamespace(device="cpu"),
-    ppo=SimpleNamespace(reward_ensemble="min", per_device_train_batch_size=2),
+    ppo=SimpleNamespace(rewards=None, reward_ensemble="min", per_device_train_batch_size=2),
     model=SimpleNamespace(attn_implementation="sdpa", dtype="float32"),
 )
 ROWS = [
