@@ -28,6 +28,7 @@ from stages.evaluation.tools import Tools
 from stages.scorers.judge import JudgeScorer, PairRequest
 from stages.scorers.scorer import Scorer, ScoreRequest, ScorerLost, ScorerSpec
 from stages.scorers.scorers import make_scorer
+from stages.scorers.url_protocols import shown
 from stages.settings.scorers.common import ScorerSection
 
 Item = TypeVar("Item")
@@ -165,7 +166,8 @@ def judge_all(
 
     Raises:
         ScorerLost: If the judge does not answer for now.
-        UserError: If the user has to change something.
+        UserError: If the user has to change something; if no answer of a language model has a valid
+            verdict, since all would be ties.
     """
     spec = ScorerSpec(
         reward_model=None,
@@ -186,8 +188,15 @@ def judge_all(
     try:
         if panel.settings[name].compares():
             assert isinstance(scorer, JudgeScorer) and (again is None or isinstance(again, JudgeScorer))
-            return compare_all(panel, scorer, again, indices, prompts, measured, poll)
-        return score_all(panel, scorer, again, indices, prompts, measured, poll, tools.tokenizer, name)
+            opinion = compare_all(panel, scorer, again, indices, prompts, measured, poll)
+        else:
+            opinion = score_all(panel, scorer, again, indices, prompts, measured, poll, tools.tokenizer, name)
+        if isinstance(scorer, JudgeScorer) and opinion.invalid == opinion.asked > 0:
+            raise UserError(
+                f"evaluate.judges: {name}: none of its {opinion.asked} answers has a valid verdict, as "
+                f"{shown(scorer.invalid_answer)}; correct prompt, verdict or max_tokens, or name another model"
+            )
+        return opinion
     finally:
         scorer.close()
         if again is not None:

@@ -46,6 +46,7 @@ class JudgeScorer:
         self.settings, self.name = spec.settings, spec.name
         self.prompt = load_prompt(spec.settings.prompt_file(), spec.name)
         self.asker = Asker(spec)
+        self.invalid_answer = ""  # the last answer without a valid verdict, for error lines
 
     def score(self, request: ScoreRequest) -> Scores:
         """Return the grades (B,), and in the part `invalid` 1 for each that is no valid verdict.
@@ -101,6 +102,7 @@ class JudgeScorer:
             asked = [(questions[i] if attempt == 0 else f"{questions[i].rstrip()}\n\n{AGAIN}", attempt) for i in todo]
             for i, answer in zip(todo, self.asker.answers(asked, poll), strict=True):
                 found[i] = read(answer)
+                self.invalid_answer = answer if found[i] is None else self.invalid_answer
         return found
 
     def close(self) -> None:

@@ -184,17 +184,28 @@ def test_a_resumed_run_asks_only_what_it_does_not_know(chain, tmp_path):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
-def test_a_grading_judge_that_says_nothing_valid_is_counted(chain, tmp_path):
+@pytest.mark.parametrize("mode", ["grade", "pairwise"])
+def test_a_judge_that_says_nothing_valid_is_refused(chain, tmp_path, mode):
+    with serving(lambda body, number: {"choices": [{"message": {"content": "I cannot say"}}]}) as served:
+        judge = judge_at(served, "mute", mode=mode)
+        with pytest.raises(UserError, match=r"judges: mute: none of its \d+ answers has a valid .* 'I cannot say'"):
+            run(chain, tmp_path / "mute", [judge], policies="[ppo]", judge_pairs=0, judge_repeat=0)
+
+
+def test_a_grading_judge_that_says_little_valid_is_counted(chain, tmp_path):
     def answer(body, number):
         return {"choices": [{"message": {"content": "[[7]]" if AGAIN in body["messages"][0]["content"] else "?"}}]}
 
-    with serving(lambda body, number: {"choices": [{"message": {"content": "?"}}]}) as served:
+    def once(body, number):
+        return {"choices": [{"message": {"content": "?" if number else "[[7]]"}}]}
+
+    with serving(once) as served:
         judge = judge_at(served, "mute", mode="grade", invalid_score=1.0)
         finished = run(chain, tmp_path / "mute", [judge], policies="[ppo]", judge_pairs=0, judge_repeat=0)
     results = json.loads((finished.folder / "results.json").read_text())
     about = results["panel"]["judges"]["mute"]
-    assert about["invalid"] == about["asked"] > 0 and about["people"] is None and about["repeatability"] is None
-    assert results["policies"]["ppo"]["judges"]["mute"]["score"]["value"] == 1
+    assert 0 < about["invalid"] < about["asked"] and about["people"] is None and about["repeatability"] is None
+    assert 1 <= results["policies"]["ppo"]["judges"]["mute"]["score"]["value"] < 2
     assert "verdicts are not valid" in finished.said
     with serving(answer) as served:
         judge = judge_at(served, "slow", mode="grade")
