@@ -13,6 +13,8 @@ one that has markers in its middle, is a text like others.
 import re
 from dataclasses import dataclass
 
+from data.tool_text import tool_marker
+
 # ── the templates ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -317,6 +319,7 @@ def turns_in(text: str, what: str, templated: str | None) -> list[dict] | None:
         what: Its name in error lines.
         templated: "strip" or None; transcripts as of hh-rlhf are split in either case.
     """
+    refuse_tools(text, what)
     if is_transcript(text):
         return turns_of_transcript(text)
     template = template_of(text)
@@ -412,6 +415,21 @@ def turns_of_content(role: str, content: str) -> list[dict]:
     return [*messages, {"role": role, "content": content.strip()}]
 
 
+def refuse_tools(text: str, what: str) -> None:
+    """Raise TemplatedText where a text is the turn of a tool, or calls one.
+
+    Args:
+        text: A prompt, a message or an answer.
+        what: Its name in the error line.
+    """
+    marker = tool_marker(text)
+    if marker is not None:
+        raise TemplatedText(
+            f"the {what} calls a tool, or is a tool's result, written as text ({marker}); take out conversations that "
+            "use tools, or say templated: keep (it is plain text)"
+        )
+
+
 # ── an answer ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -425,6 +443,7 @@ def answer_without(text: str, templated: str | None, in_turns: bool, what: str =
             assistant's marker before it, are the template's too.
         what: Its name in error lines.
     """
+    refuse_tools(text, what)
     token = begins_as_assistant(text)
     marker = marker_at_edge(text) or token
     if marker is not None and templated is None:

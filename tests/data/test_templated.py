@@ -119,6 +119,36 @@ def test_what_a_template_does_not_write_is_not_stripped(prompt):
         without_templates({"prompt": prompt, "completion": "a"}, "strip")
 
 
+CALL = '<tool_call>\n{"name": "weather"}\n</tool_call>'
+
+
+@pytest.mark.parametrize("templated", [None, "strip"])
+@pytest.mark.parametrize(
+    "prompt, completion",
+    [
+        ("hi", CALL),
+        ("hi", f"I will look.\n{CALL}<|im_end|>"),
+        ("hi", '[TOOL_CALLS] [{"name": "weather"}]'),
+        ("hi", '<|python_tag|>{"name": "weather"}'),
+        ("<tool_response>\nsun\n</tool_response>", "It is sunny."),
+        ([HI, {"role": "assistant", "content": CALL}, {"role": "user", "content": "sun"}], "It is sunny."),
+    ],
+)
+def test_tools_in_text_are_refused(prompt, completion, templated):
+    row = {"prompt": prompt, "completion": completion}
+    with pytest.raises(TemplatedText, match=r"calls a tool, or is a tool's result, .*templated: keep"):
+        without_templates(row, templated)
+    assert without_templates(row, "keep") == row
+
+
+@pytest.mark.parametrize(
+    "completion", ["Write <tool_call> and </tool_call>", "<tools>are useful", f"So:\n{CALL}\nDone"]
+)
+def test_a_text_about_tools_stays(completion):
+    row = {"prompt": "what is <tool_call>?", "completion": completion}
+    assert without_templates(row, None) == row
+
+
 def test_an_answer_that_goes_on_with_the_human_is_refused():
     with pytest.raises(ValueError, match="goes on"):
         without_templates({"prompt": "\n\nHuman: hi\n\nAssistant:", "completion": "a\n\nHuman: b"}, None)
