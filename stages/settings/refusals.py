@@ -92,10 +92,10 @@ def check(experiment: "Experiment") -> list[str]:
 
 
 def missing_requirements(experiment: "Experiment") -> list[str]:
-    """Return the mistakes in the user's files, or that no prompts are named."""
+    """Return the mistakes in files and lengths, or that no prompts are named."""
     from data.error_lines import shorten
     from stages.external.patterns import read_patterns
-    from stages.settings.checks import errors_in_head, reader_source
+    from stages.settings.checks import errors_in_head, over_context, over_folder_context, reader_source
 
     settings = experiment.refusals
     parts = [part for name in SETS for part in parts_of(getattr(settings, name))]
@@ -108,7 +108,8 @@ def missing_requirements(experiment: "Experiment") -> list[str]:
     for part in parts:
         if part.path is not None:
             lines += errors_in_head("prompts", reader_source(part))
-    return shorten(lines) + read_patterns(settings.patterns)[1]
+    too_long = over_context(experiment, "refusals") + over_folder_context(experiment, "refusals")
+    return shorten(lines) + read_patterns(settings.patterns)[1] + too_long
 
 
 def run(ctx: "StageRun[RefusalsSettings, Experiment]") -> dict[str, Any]:

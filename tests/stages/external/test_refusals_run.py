@@ -137,5 +137,7 @@ def test_what_is_refused_before_it_runs(chain, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": 3}\n')
     (tmp_path / "patterns.txt").write_text("re: (\n")
     words = (f"refusals.harmful={tmp_path}/rows.jsonl", f"refusals.patterns={tmp_path}/patterns.txt")
-    first, second = missing(chain.experiment(*words))
+    first, second = missing(chain.experiment(*words, *LENGTHS))
     assert "rows.jsonl:1" in first and "no regular expression" in second
+    *_, line = missing(chain.experiment(*words, "refusals.max_length=500"))
+    assert line.startswith("refusals.max_length: 500 tokens is more than the model's context of")
