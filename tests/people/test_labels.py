@@ -164,6 +164,9 @@ def test_export_and_import_bring_the_same_rankings(experiment, tmp_path):
     ben.rank(ben.next()["assignment"])
     assert experiment("rank", "--export", "out.jsonl")[0] == 0
     assert experiment("rank", "--export", "out.jsonl")[0] == 2, "nothing is written over"
+    for words in (("nowhere/out.jsonl",), ("nowhere/ls", "--to", "labelstudio")):
+        code, _, said = experiment("rank", "--export", *words)
+        assert code == 2 and "there is no folder" in said
     (tmp_path / "other").mkdir()
     other = open_database(tmp_path / "other", "other")
     counts = import_rankings(other, Path("out.jsonl"), (), time.time())

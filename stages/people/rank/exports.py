@@ -34,10 +34,12 @@ def export_to(database: Database, tool: str, output: Path) -> str:
         A line that says what was written.
 
     Raises:
-        UserError: The place is taken, or there is nothing to write.
+        UserError: The place is taken, or has no folder to be in, or there is nothing to write.
     """
     if output.exists():
         raise UserError(f"{output}: exists; give another name, or remove it")
+    if not (parent := output.absolute().parent).is_dir():
+        raise UserError(f"{output}: there is no folder {parent}; make it first")
     if tool == "rankings":
         if output.suffix != ".jsonl":
             raise UserError(f"{output}: rankings are written as JSON lines; give a name that ends in .jsonl")
