@@ -284,9 +284,10 @@ def fits(judge: Judge, speaker: Speaker, chat_ids: list[int], response: list[int
 
     Of a reward model with another tokenizer that is known only once it has read the text.
     """
+    from stages.models.ensemble import members
     from stages.models.same_tokenizer import tokenizer_fingerprint
 
     if judge.tokenizer_fingerprint != tokenizer_fingerprint(speaker.tokenizer):
         return True
-    context = context_of(judge.model.config.to_dict())
+    context = context_of(members(judge.model)[0].config.to_dict())
     return context is None or len(chat_ids) + len(response) <= context

@@ -19,7 +19,7 @@ SHAPE = {
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """Publish sft, ppo and base with different weights, and rm."""
+    """Publish sft, ppo and base with different weights, and rm, an ensemble of two models."""
     store = ArtifactStore(tmp_path_factory.mktemp("artifacts"), "fake")
     tokenizer = train_tokenizer(["the fox is red . what colour is the fox ? naïve 狐 answer"] * 3, 300)
     for seed, stage in enumerate(("sft", "ppo", "rm", "base")):
@@ -28,6 +28,9 @@ def store(tmp_path_factory):
             if stage == "rm":
                 model = new_reward_model(store.folder("sft") / "model", seed=0)
                 model.config.reward_bias = 1.0
+                other = new_reward_model(store.folder("sft") / "model", seed=1)
+                other.config.reward_bias = 0.5
+                save_model(other, tokenizer, content / "ensemble" / "1", card="")
             else:
                 model = from_scratch(tokenizer, seed=seed, **SHAPE)
             save_model(model, tokenizer, content / "model", card="")
