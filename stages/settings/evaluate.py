@@ -271,7 +271,7 @@ def check(experiment: "Experiment") -> list[str]:
         if policy not in known
     ]
     if "ppo" in compared_policies(experiment):
-        ppos = {
+        ppos: dict[str, dict[str, Any]] = {
             "missing_eos_score": {"ppo.missing_eos_score": experiment.ppo.missing_eos_score},
             "reward_ensemble": ensemble_ways(experiment.ppo),
         }
