@@ -240,6 +240,7 @@ def status_command(arguments: argparse.Namespace) -> int:
     for title in columns:
         justify: Any = "right" if title == "size" else "left"
         table.add_column(title, overflow="fold", justify=justify, no_wrap=title == "stage")
+    store.digests.trusts = not arguments.verify
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
@@ -258,6 +259,8 @@ def status_command(arguments: argparse.Namespace) -> int:
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])
     console.print(table)
+    for line in store.digests.sentences():
+        chain.print_line(console, line)
     for line in plan.lines_of_remembered_settings(states, arguments.overrides):
         chain.print_line(console, line)
     if (store.base / "people").is_dir():

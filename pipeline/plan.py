@@ -69,8 +69,12 @@ def bring_up_to_date(
     # Everything is checked before anything runs: otherwise a refusal could come after hours of
     # work, when inputs have already been replaced.
     checks = DataChecks(chain, console)
+    chain.confirm_outside(going_to_run(chain, order, target, flags), console)
     refuse_impossible(chain, order, target, flags, checks)
     confirm_replacing(chain, order, target, flags, stop, console, can_ask=peers is None)
+    if chain.confirm_made(going_to_run(chain, order, target, flags), console):
+        refuse_unready({need: chain.states[need] for need in chain.needs(target)} if flags.only else {})
+        refuse_impossible(chain, order, target, flags, checks)
     checks.remember()
     for note in chain.hub.notes:
         print_line(console, note)
@@ -93,6 +97,10 @@ def bring_up_to_date(
             if stop.requested:
                 raise Interrupted()
             with store.lock(name):
+                if state.kind != "done" or force:
+                    # what other stages have published meanwhile, or anybody has replaced
+                    chain.confirm_outside([name], console)
+                    chain.confirm_made([name], console)
                 state = chain.assess(name)  # again: before the lock another process may have changed it
                 chain.states[name] = state
                 if state.kind != "done" or force:
@@ -125,6 +133,12 @@ def bring_up_to_date(
     return chain.states
 
 
+def going_to_run(chain: Chain, order: list[str], target: str, flags: Flags) -> list[str]:
+    """Return the stages that this command makes, as they are assessed; the arguments as below."""
+    made_here = [name for name in order if not chain.states[name].taken_from]
+    return [name for name in made_here if chain.states[name].kind != "done" or (flags.force and name == target)]
+
+
 def refuse_unready(needs: Mapping[str, StageState]) -> None:
     """Raise UserError with a line for each needed stage that is not done: the check of --only."""
     lines = [
@@ -149,13 +163,11 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags,
     lines = []
     for name in order:
         lines += refusals(name, name == target, chain.states[name], flags)
-    for name in order:
-        is_made = not chain.states[name].taken_from
-        if is_made and (chain.states[name].kind != "done" or (flags.force and name == target)):
-            lines += missing_packages(chain.experiment.tracking.trackers)
-            lines += chain.stages[name].missing_requirements(chain.experiment)
-            today = chain.today(name, chain.starts_again(name, name == target, flags))
-            lines += [*today.problems, *checks.lines(name, today.config["data"])]
+    for name in going_to_run(chain, order, target, flags):
+        lines += missing_packages(chain.experiment.tracking.trackers)
+        lines += chain.stages[name].missing_requirements(chain.experiment)
+        today = chain.today(name, chain.starts_again(name, name == target, flags))
+        lines += [*today.problems, *checks.lines(name, today.config["data"])]
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file report the same lines
 

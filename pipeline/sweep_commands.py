@@ -247,6 +247,7 @@ def states_of(sweep: Sweep, member: Member, arguments: argparse.Namespace) -> di
 
     experiment = api.check(read_tree(Path(arguments.config), member.overrides))
     store = api.open_store(experiment, Location.of(arguments.artifacts))
+    store.digests.trusts = not arguments.verify
     return chain.assess(experiment, store, api.all_stages())
 
 

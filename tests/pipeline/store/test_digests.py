@@ -14,8 +14,8 @@ from pipeline.store.digests import Digests, code_sha256
 @pytest.fixture
 def reads(monkeypatch):
     """Return a list that collects the paths that are hashed from now on."""
-    paths, compute_sha256 = [], digests.compute_sha256
-    monkeypatch.setattr(digests, "compute_sha256", lambda path: (paths.append(path), compute_sha256(path))[1])
+    paths, read_file = [], digests.read_file
+    monkeypatch.setattr(digests, "read_file", lambda path: (paths.append(path), read_file(path))[1])
     return paths
 
 
@@ -74,7 +74,7 @@ def test_an_unreadable_or_changing_file_is_named(tmp_path, monkeypatch):
         Digests().facts(tmp_path / "gone")
     file = tmp_path / "growing"
     file.write_text("a")
-    monkeypatch.setattr(digests, "compute_sha256", lambda path: path.write_text("more"))
+    monkeypatch.setattr(digests, "read_file", lambda path: path.write_text("more"))
     with pytest.raises(UserError, match="growing: is being written; run again when that is done"):
         Digests().facts(file)
 
