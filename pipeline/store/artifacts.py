@@ -33,8 +33,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.origin import Origin
-from pipeline.store import checkpoints, digest_memory, files, integrity
-from pipeline.store.digests import Digests
+from pipeline.store import checkpoints, files, integrity
+from pipeline.store.digests import Digests, memory_below
 from pipeline.store.locks import is_at, is_locked, try_lock
 from pipeline.tracking import JOURNALS, TIMING
 
@@ -73,7 +73,7 @@ class ArtifactStore:
         self.origin = origin
         self.taken = dict(taken or {})
         self.is_foreign = is_foreign
-        self.digests = Digests(self.root / digest_memory.NAME)
+        self.digests = memory_below(self.root)
         self._held: set[str] = set()  # stages that this process has locked
 
     def folder(self, stage: str) -> Path:

@@ -217,6 +217,11 @@ class Digests:
             digest_memory.add(self.memory, new)
 
 
+def memory_below(root: Path) -> Digests:
+    """Return what earlier commands remembered below a folder of artifacts."""
+    return Digests(root / digest_memory.NAME)
+
+
 def read_file(file: Path) -> FileFacts:
     """Return the digest of a file and, of JSONL, the number of its lines that are not empty.
 
