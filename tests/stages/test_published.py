@@ -90,7 +90,7 @@ def test_later_stages_start_from_what_a_16_bit_sft_published(chain, tmp_path):
         if name in published:
             assert weight.dtype == torch.float32 and torch.equal(weight, published[name].float()), name
     first = json.loads((ppo.folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["objective/kl"] == 0
+    assert abs(first["objective/kl"]) < 1e-6  # nats a response; sums in another order
     for folder in (rm / "model", ppo.folder / "value_model"):
         weights = load_file(folder / "model.safetensors")
         assert weights.pop("score.weight").dtype == torch.float32
