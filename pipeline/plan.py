@@ -84,10 +84,8 @@ def bring_up_to_date(
             chain.reassess_if_edited(name)
             state = chain.states[name]
             force = flags.force and name == target
-            if state.kind == "done" and state.manifest is not None and not force:
-                finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
-                origin = f", {state.origin()}" if state.taken_from else ""
-                print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}")
+            if state.kind == "done" and not force:
+                print_line(console, line_of_done(name, state))
                 if remote is not None and not state.taken_from:
                     with store.lock(name):
                         failed_uploads += upload(remote, name, is_new=False)
@@ -131,6 +129,49 @@ def bring_up_to_date(
     if failed_uploads:
         raise UserError([f"{line}. The artifact is finished here; run again to upload it" for line in failed_uploads])
     return chain.states
+
+
+def nothing_to_do(
+    targets: Sequence[str],
+    experiment: Common,
+    store: ArtifactStore,
+    stages: Mapping[str, Stage],
+    flags: Flags,
+    console: Console,
+) -> bool:
+    """Say so if targets and all that they need are up to date: `bring_up_to_date` without torch.
+
+    Args:
+        targets: The stages that the command names.
+        experiment: The validated experiment.
+        store: Its artifacts.
+        stages: All stages by name, in order.
+        flags: The flags of the command.
+        console: Where a line for each stage is printed.
+
+    Returns:
+        Whether that is so; otherwise nothing is printed.
+    """
+    if flags.force or flags.restart:
+        return False
+    chain = Chain(experiment, store, stages)
+    orders = [chain.closure(target) for target in targets]
+    for name in dict.fromkeys(name for order in orders for name in order):
+        chain.states[name] = chain.assess(name)
+    if any(state.kind != "done" for state in chain.states.values()):
+        return False
+    for target, order in zip(targets, orders, strict=True):
+        for name in [target] if flags.only else order:
+            print_line(console, line_of_done(name, chain.states[name]))
+    return True
+
+
+def line_of_done(name: str, state: StageState) -> str:
+    """Return the line about a stage that is up to date."""
+    assert state.manifest is not None
+    finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
+    origin = f", {state.origin()}" if state.taken_from else ""
+    return f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}"
 
 
 def going_to_run(chain: Chain, order: list[str], target: str, flags: Flags) -> list[str]:

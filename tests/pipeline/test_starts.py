@@ -1,7 +1,10 @@
 """Test what commands read: an up-to-date chain by its times, and inputs whole before their use."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +71,21 @@ def test_status_and_a_run_with_nothing_to_do_read_nothing(commands):
     commands.begin()
     commands.run("page", commands.at)
     assert commands.read == [] and commands.console.text.count("up to date") == 3
+
+
+def test_a_run_with_nothing_to_do_imports_no_torch(tmp_path):
+    (tmp_path / "small.yaml").write_text(fakes.CONFIG)
+    code = "import sys; from tests.pipeline import fakes; code = fakes.install().main(sys.argv[1:]); "
+    code += "print('with torch' if 'torch' in sys.modules else 'without torch'); sys.exit(code)"
+    root = str(Path(__file__).resolve().parents[2])
+
+    def run(*words):
+        command = [sys.executable, "-c", code, "run", "text", "-c", "small.yaml", *words]
+        environment = os.environ | {"PYTHONPATH": root}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert run().endswith("with torch\n") and "text: up to date" in (again := run())
+    assert again.endswith("without torch\n") and run("--force").endswith("with torch\n")
 
 
 def test_verify_reads_every_file_once(commands):
