@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,14 +12,17 @@ from pipeline import taking
 from pipeline.changes import Change, compare
 from pipeline.config.sections import Common
 from pipeline.errors import UserError
-from pipeline.fingerprints import Today, all_needs, describe_today, missing_data
+from pipeline.fingerprints import Today, all_needs, describe_today, files_beside, missing_data, sources
 from pipeline.origin import dropped_overrides, errors_about_dropped_overrides, errors_about_other_files
 from pipeline.stage import Stage
 from pipeline.state import Flags, StageState, is_dropped
 from pipeline.store.artifacts import ArtifactStore
-from pipeline.store.digests import Digests
+from pipeline.store.digests import Digests, files_at
+from pipeline.store.files import human_bytes
 from pipeline.store.hub import Hub
 from pipeline.store.remote import Remote
+
+MANY_BYTES = 2 * 10**9  # from which on it is said that files are being read
 
 
 @dataclass
@@ -33,12 +37,15 @@ class Chain:
     """All stages by name, in order."""
     states: dict[str, StageState] = field(default_factory=dict)
     """States of the stages assessed so far."""
-    digests: Digests = field(default_factory=Digests)
-    """Digests of data files and of folders from outside."""
     hub: Hub = field(default_factory=Hub)
     """Commits of names on the Hub."""
     stale_in_storage: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Manifests of artifacts that object storage has, and that are stale."""
+
+    @property
+    def digests(self) -> Digests:
+        """Digests of files, as far as this command and earlier ones have computed them."""
+        return self.store.digests
 
     def needs(self, name: str) -> list[str]:
         """Return the stages that a stage needs."""
@@ -72,7 +79,7 @@ class Chain:
         manifests = {}
         for other in self.stages[name].shows(self.experiment):
             with suppress(UserError):
-                manifest = self.store.verify(other)
+                manifest = self.store.verify(other, trusting=True)
                 made_of = {need: digest for need, digest in manifest["inputs"].items() if need in self.stages}
                 if made_of == {need: self.digest_of(need) for need in made_of}:
                     manifests[other] = manifest
@@ -155,7 +162,7 @@ class Chain:
         since: list[Change] = []
         try:
             if store.manifest(name) is not None:
-                manifest = store.verify(name)
+                manifest = store.verify(name, trusting=True)
                 since = compare(name, manifest, today)
                 reasons = waiting + [change.text for change in since]
         except UserError as error:
@@ -192,7 +199,7 @@ class Chain:
                 origin = taking.origin_there(self.store.taken[name], name, self.stages)
                 reasons = [f"{of[0]} takes it from {origin}"] if origin else []
                 return StageState("missing", reasons, taken_from=of[0], is_beside=of[1])
-            manifest = self.store.verify(name)
+            manifest = self.store.verify(name, trusting=True)
         except UserError as error:
             return StageState("damaged", error.lines, taken_from=of[0], is_beside=of[1])
         changes = compare(name, manifest, self.today(name))
@@ -209,6 +216,48 @@ class Chain:
             taken_from=of[0],
             is_beside=of[1],
         )
+
+    def confirm_outside(self, names: Sequence[str], console: Console) -> bool:
+        """Read the user's files that runs of stages would use; see `_confirm`."""
+        paths: list[Path] = []
+        for name in names:
+            paths += self.stages[name].folders(self.experiment).values()
+            for source in sources(self.stages[name], self.experiment).values():
+                for part in source.parts or (source,):
+                    paths += [*([part.path] if part.path is not None else []), *files_beside(part).values()]
+        found: list[Path] = []
+        for path in paths:
+            with suppress(OSError):  # `today` says what is wrong
+                found += [file for file in files_at(path).values() if file.is_file()]
+        return self._confirm(found, names, console)
+
+    def confirm_made(self, names: Sequence[str], console: Console) -> bool:
+        """Read the published files that runs of stages would use; see `_confirm`."""
+        used = dict.fromkeys(need for name in names for need in (*self.needs(name), *self.shown(name)))
+        return self._confirm([path for need in used for path in self.store.published(need)], names, console)
+
+    def _confirm(self, files: Sequence[Path], names: Sequence[str], console: Console) -> bool:
+        """Read files that this command has not read, before stages use them.
+
+        What earlier commands remembered says what is up to date, but damage of a disk changes no
+        times. If a file differs from what was remembered, all stages are assessed again.
+
+        Args:
+            files: The files, as far as they are there.
+            names: The stages that use them.
+            console: Where it is said if that takes long.
+
+        Returns:
+            Whether a file differed.
+        """
+        files = list(dict.fromkeys(files))
+        if (unread := self.digests.unread_bytes(files)) > MANY_BYTES:
+            print_line(console, f"{', '.join(names)}: reading {human_bytes(unread)} of inputs, which may be damaged")
+        if not self.digests.confirm(files):
+            return False
+        for name in list(self.states):
+            self.states[name] = self.assess(name)
+        return True
 
     def starts_again(self, name: str, is_target: bool, flags: Flags) -> bool:
         """Return whether a run of the stage would start from the beginning instead of resuming."""

@@ -298,7 +298,12 @@ def read_tests(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def add_status(commands: Any) -> None:
     """Add `rlhf status`."""
-    add_command(commands, "status", "show which stages are done, stale, interrupted, missing or damaged")
+    status = add_command(commands, "status", "show which stages are done, stale, interrupted, missing or damaged")
+    status.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files, also those that look unchanged since they were read (a damaged disk changes no times)",
+    )
 
 
 def add_init(commands: Any) -> None:

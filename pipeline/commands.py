@@ -121,6 +121,7 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
     stop = StopFlag()
     with stop_on_signals(stop):
         from pipeline import plan, running
+        from pipeline.config.sections import names_hub
         from pipeline.config.yaml_tree import read_tree
         from pipeline.launch import environment, launcher, processes
         from pipeline.state import flags_of
@@ -132,10 +133,17 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
         met = threading.Event()
         launcher.watch_launcher(stop, met)
         experiment, stages = api.validate(tree), api.all_stages()
-        environment.prepare(experiment)
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
         store = api.open_store_to_run(experiment, location)
         flags = flags_of(arguments)
+        is_alone = processes.rank_and_size_from_environment()[1] == 1 and location.url is None
+        # the Hub is asked for a name once a command, and that takes longer than importing torch
+        is_local = is_alone and not names_hub(tree.values)
+        if is_local and plan.nothing_to_do(targets, experiment, store, stages, flags, console):
+            for target in targets:
+                stages[target].show(store.folder(target), console)
+            return 0
+        environment.prepare(experiment)  # imports torch
         patience = experiment.launch.timeout
         peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
         met.set()
@@ -240,6 +248,7 @@ def status_command(arguments: argparse.Namespace) -> int:
     for title in columns:
         justify: Any = "right" if title == "size" else "left"
         table.add_column(title, overflow="fold", justify=justify, no_wrap=title == "stage")
+    store.digests.trusts = not arguments.verify
     wanted = chain.wanted_stages(experiment, stages)
     states = chain.assess(experiment, store, stages)
     for name, state in states.items():
@@ -258,6 +267,8 @@ def status_command(arguments: argparse.Namespace) -> int:
         row = (name, Text(sentence, style=STYLES[state.kind]), when, size, Text(result))
         table.add_row(*row[: len(columns)])
     console.print(table)
+    for line in store.digests.sentences():
+        chain.print_line(console, line)
     for line in plan.lines_of_remembered_settings(states, arguments.overrides):
         chain.print_line(console, line)
     if (store.base / "people").is_dir():

@@ -157,8 +157,17 @@ def aside_digests(source: Source, digests: Digests) -> dict[str, str]:
         source: The source; not a mixture.
         digests: Of files, as far as this command has computed them.
     """
-    named = {"wordings_sha256": source.reading.get("wordings"), "shots_sha256": source.reading.get("shots_from")}
-    return {key: digests.facts(Path(text).expanduser()).sha256 for key, text in named.items() if text is not None}
+    return {f"{name}_sha256": digests.facts(path).sha256 for name, path in files_beside(source).items()}
+
+
+def files_beside(source: Source) -> dict[str, Path]:
+    """Return the files that a source names beside its own: `wordings` and `shots`.
+
+    Args:
+        source: The source; not a mixture.
+    """
+    named = {"wordings": source.reading.get("wordings"), "shots": source.reading.get("shots_from")}
+    return {name: Path(text).expanduser() for name, text in named.items() if text is not None}
 
 
 def _resolve_commit(

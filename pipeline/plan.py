@@ -69,8 +69,12 @@ def bring_up_to_date(
     # Everything is checked before anything runs: otherwise a refusal could come after hours of
     # work, when inputs have already been replaced.
     checks = DataChecks(chain, console)
+    chain.confirm_outside(going_to_run(chain, order, target, flags), console)
     refuse_impossible(chain, order, target, flags, checks)
     confirm_replacing(chain, order, target, flags, stop, console, can_ask=peers is None)
+    if chain.confirm_made(going_to_run(chain, order, target, flags), console):
+        refuse_unready({need: chain.states[need] for need in chain.needs(target)} if flags.only else {})
+        refuse_impossible(chain, order, target, flags, checks)
     checks.remember()
     for note in chain.hub.notes:
         print_line(console, note)
@@ -80,10 +84,8 @@ def bring_up_to_date(
             chain.reassess_if_edited(name)
             state = chain.states[name]
             force = flags.force and name == target
-            if state.kind == "done" and state.manifest is not None and not force:
-                finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
-                origin = f", {state.origin()}" if state.taken_from else ""
-                print_line(console, f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}")
+            if state.kind == "done" and not force:
+                print_line(console, line_of_done(name, state))
                 if remote is not None and not state.taken_from:
                     with store.lock(name):
                         failed_uploads += upload(remote, name, is_new=False)
@@ -93,6 +95,10 @@ def bring_up_to_date(
             if stop.requested:
                 raise Interrupted()
             with store.lock(name):
+                if state.kind != "done" or force:
+                    # what other stages have published meanwhile, or anybody has replaced
+                    chain.confirm_outside([name], console)
+                    chain.confirm_made([name], console)
                 state = chain.assess(name)  # again: before the lock another process may have changed it
                 chain.states[name] = state
                 if state.kind != "done" or force:
@@ -125,6 +131,55 @@ def bring_up_to_date(
     return chain.states
 
 
+def nothing_to_do(
+    targets: Sequence[str],
+    experiment: Common,
+    store: ArtifactStore,
+    stages: Mapping[str, Stage],
+    flags: Flags,
+    console: Console,
+) -> bool:
+    """Say so if targets and all that they need are up to date: `bring_up_to_date` without torch.
+
+    Args:
+        targets: The stages that the command names.
+        experiment: The validated experiment.
+        store: Its artifacts.
+        stages: All stages by name, in order.
+        flags: The flags of the command.
+        console: Where a line for each stage is printed.
+
+    Returns:
+        Whether that is so; otherwise nothing is printed.
+    """
+    if flags.force or flags.restart:
+        return False
+    chain = Chain(experiment, store, stages)
+    orders = [chain.closure(target) for target in targets]
+    for name in dict.fromkeys(name for order in orders for name in order):
+        chain.states[name] = chain.assess(name)
+    if any(state.kind != "done" for state in chain.states.values()):
+        return False
+    for target, order in zip(targets, orders, strict=True):
+        for name in [target] if flags.only else order:
+            print_line(console, line_of_done(name, chain.states[name]))
+    return True
+
+
+def line_of_done(name: str, state: StageState) -> str:
+    """Return the line about a stage that is up to date."""
+    assert state.manifest is not None
+    finished = datetime.fromisoformat(state.manifest["finished_at"]).astimezone()
+    origin = f", {state.origin()}" if state.taken_from else ""
+    return f"{name}: up to date ({finished:%Y-%m-%d %H:%M}){origin}"
+
+
+def going_to_run(chain: Chain, order: list[str], target: str, flags: Flags) -> list[str]:
+    """Return the stages that this command makes, as they are assessed; the arguments as below."""
+    made_here = [name for name in order if not chain.states[name].taken_from]
+    return [name for name in made_here if chain.states[name].kind != "done" or (flags.force and name == target)]
+
+
 def refuse_unready(needs: Mapping[str, StageState]) -> None:
     """Raise UserError with a line for each needed stage that is not done: the check of --only."""
     lines = [
@@ -149,13 +204,11 @@ def refuse_impossible(chain: Chain, order: list[str], target: str, flags: Flags,
     lines = []
     for name in order:
         lines += refusals(name, name == target, chain.states[name], flags)
-    for name in order:
-        is_made = not chain.states[name].taken_from
-        if is_made and (chain.states[name].kind != "done" or (flags.force and name == target)):
-            lines += missing_packages(chain.experiment.tracking.trackers)
-            lines += chain.stages[name].missing_requirements(chain.experiment)
-            today = chain.today(name, chain.starts_again(name, name == target, flags))
-            lines += [*today.problems, *checks.lines(name, today.config["data"])]
+    for name in going_to_run(chain, order, target, flags):
+        lines += missing_packages(chain.experiment.tracking.trackers)
+        lines += chain.stages[name].missing_requirements(chain.experiment)
+        today = chain.today(name, chain.starts_again(name, name == target, flags))
+        lines += [*today.problems, *checks.lines(name, today.config["data"])]
     if lines:
         raise UserError(dict.fromkeys(lines))  # stages that read the same file report the same lines
 

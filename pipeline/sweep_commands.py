@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import api, hints
 from pipeline.api import Location
@@ -25,6 +25,9 @@ from pipeline.launch.processes import rank_and_size_from_environment
 from pipeline.launch.signals import SIGNALS
 from pipeline.state import FLAG_NAMES, StageState
 from pipeline.sweep import Member, Sweep, expand, find_sweep
+
+if TYPE_CHECKING:
+    from pipeline.store.digests import Digests
 
 WORST_FIRST = (75, 1, 2, 3, 0)
 """Exit codes; that of a sweep is the first that one of its experiments ended with."""
@@ -204,6 +207,7 @@ def show_sweep(arguments: argparse.Namespace, sweep: Sweep, console: Any) -> int
     from rich.text import Text
 
     from pipeline.chain import print_line
+    from pipeline.store.digests import memory_below
 
     members = members_of(sweep, last_stage())
     set_environment_of(sweep, members)
@@ -211,14 +215,18 @@ def show_sweep(arguments: argparse.Namespace, sweep: Sweep, console: Any) -> int
     table = Table(title=f"sweep of {', '.join(sweep.axes)} in {arguments.artifacts}", title_justify="left")
     for title in ("experiment", "makes", "takes", "when", "result"):
         table.add_column(title, overflow="fold")
+    digests = memory_below(Location.of(arguments.artifacts).folder)  # of all experiments: each file is read once
+    digests.trusts = not arguments.verify
     for member in members:
-        states = states_of(sweep, member, arguments)
+        states = states_of(sweep, member, arguments, digests)
         makes = [f"{name}: {hints.filled(states[name].sentence(), caller)}" for name in member.made]
         takes = [taken_line(maker, member, states) for maker in dict.fromkeys(member.taken.values())]
         when, result = finished(member, states)
         cells = (member.name, "\n".join(makes), "\n".join(takes), when, result)
         table.add_row(*map(Text, cells), style="" if member.is_variant else "dim")
     console.print(table)
+    for line in digests.sentences():
+        print_line(console, line)
     for member in members:
         if member.is_variant:
             print_line(console, f"{member.name}: -c {arguments.config} {shlex.join(member.overrides)}")
@@ -240,13 +248,21 @@ def set_environment_of(sweep: Sweep, members: Sequence[Member]) -> None:
     environment.set_environment(next((values for values in trees if names_hub(values)), trees[0]))
 
 
-def states_of(sweep: Sweep, member: Member, arguments: argparse.Namespace) -> dict[str, StageState]:
-    """Return the state of every stage of one experiment."""
+def states_of(sweep: Sweep, member: Member, arguments: argparse.Namespace, digests: "Digests") -> dict[str, StageState]:
+    """Return the state of every stage of one experiment.
+
+    Args:
+        sweep: The sweep.
+        member: The experiment.
+        arguments: The arguments of `rlhf status`.
+        digests: What is known of files.
+    """
     from pipeline import chain
     from pipeline.config.yaml_tree import read_tree
 
     experiment = api.check(read_tree(Path(arguments.config), member.overrides))
     store = api.open_store(experiment, Location.of(arguments.artifacts))
+    store.digests = digests
     return chain.assess(experiment, store, api.all_stages())
 
 

@@ -175,9 +175,10 @@ class ModelSettings(Section):
     )
     publish_dtype: Literal["bfloat16", "float16", "as_given"] | None = setting(
         None,
-        "precision of published weights. 16 bits halve the size of a folder, and round the weights that the next stage "
-        "starts from and that evaluate reads (checkpoints and training stay in float32); as_given: the "
-        "precision of the model in name_or_path; null or float32: float32",
+        "precision of published weights. as_given: that of the model in name_or_path, and the default where one is "
+        "named; null or float32: float32. 16 bits halve a folder's size, and round the weights that the next stage "
+        "starts from and that evaluate reads: what training changed by less than their last digit is lost. Training, "
+        "checkpoints, adapters beside the weights and reward heads stay in float32",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention kernel")
     gradient_checkpointing: bool = setting(
@@ -192,9 +193,17 @@ class ModelSettings(Section):
         "the model of name_or_path, which it must have been trained on",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _publish_as_given(cls, values: Any) -> Any:
+        """Set the default of publish_dtype, which depends on whether a model is given."""
+        if isinstance(values, dict) and values.get("name_or_path") is not None:
+            return {"publish_dtype": "as_given"} | values
+        return values
+
     @field_validator("publish_dtype", mode="before")
     @classmethod
-    def _float32_is_the_default(cls, value: Any) -> Any:
+    def _float32_is_null(cls, value: Any) -> Any:
         return None if value == "float32" else value
 
 

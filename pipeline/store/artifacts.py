@@ -16,6 +16,8 @@ What a stage folder may contain:
     .publish/               a complete new artifact with its manifest. It is renamed into place
                             now, or after a crash by the next process that locks the stage
     .old/                   what `.publish` replaces, until the new manifest is in place
+
+Beside the experiments' folders `.digests.json` remembers digests of files (`digest_memory.py`).
 """
 
 import json
@@ -25,12 +27,14 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.origin import Origin
 from pipeline.store import checkpoints, files, integrity
+from pipeline.store.digests import Digests, memory_below
 from pipeline.store.locks import is_at, is_locked, try_lock
 from pipeline.tracking import JOURNALS, TIMING
 
@@ -69,6 +73,7 @@ class ArtifactStore:
         self.origin = origin
         self.taken = dict(taken or {})
         self.is_foreign = is_foreign
+        self.digests = memory_below(self.root)
         self._held: set[str] = set()  # stages that this process has locked
 
     def folder(self, stage: str) -> Path:
@@ -104,21 +109,28 @@ class ArtifactStore:
             raise self._rebuild(stage, [f"{path}: {problem}"])
         return manifest
 
-    def verify(self, stage: str) -> dict[str, Any]:
+    def verify(self, stage: str, trusting: bool = False, digests: Digests | None = None) -> dict[str, Any]:
         """Return the manifest of a finished stage after checking every file that it names.
+
+        Args:
+            stage: the stage.
+            trusting: whether to believe what earlier commands remembered of files that look
+                unchanged. Only for what does not use the files: a damaged disk changes no times.
+            digests: what this command knows of files; None: of this store's.
 
         Raises:
             UserError: the stage is not finished, a file is missing or damaged, or a published
                 folder contains a file that the manifest does not name.
         """
-        if stage in self.taken:
-            return self.taken[stage].verify(stage)
+        digests = digests or self.digests
+        if stage in self.taken:  # the memory of the other experiment may be in another folder, and stays as it is
+            return self.taken[stage].verify(stage, trusting, digests)
         folder = self.folder(stage)
         manifest = self.manifest(stage)
         if manifest is None:
             raise UserError(f"{folder}: is missing; `rlhf run {stage} -c CONFIG` makes it")
         outputs = manifest["outputs"]
-        problems = integrity.check_files(folder, outputs)
+        problems = integrity.check_files(folder, outputs, partial(digests.matching, trusting=trusting))
         # Transformers loads whatever it finds in a model folder, so that a stray file there can
         # change the model.
         for name in sorted({name.split("/")[0] for name in outputs if "/" in name}):
@@ -132,6 +144,14 @@ class ArtifactStore:
         if problems:
             raise self._rebuild(stage, list(dict.fromkeys(problems)))
         return manifest
+
+    def published(self, stage: str) -> list[Path]:
+        """Return the files of a finished stage, as far as they are there; none if it is damaged."""
+        with suppress(UserError):
+            if (manifest := self.manifest(stage)) is not None:
+                paths = [self.folder(stage) / name for name in manifest["outputs"] if integrity.is_inside(name)]
+                return [path for path in paths if path.is_file()]
+        return []
 
     def _rebuild(self, stage: str, lines: list[str]) -> UserError:
         """Return an error that tells how to rebuild a damaged artifact."""
@@ -269,11 +289,16 @@ class ArtifactStore:
         files.require_space(folder, sum(path.stat().st_size for path in journals))
         for path in journals:
             shutil.copyfile(path, content / path.name)
+        files.set_default_modes(content)  # before the files are read: it changes their ctime
         # times differ from run to run: in the manifest they would change the artifact's digest
         names = [name for name in integrity.list_files(content) if name != TIMING]
         for name in names:
             assert is_publishable(name), f"{stage} may not publish {name}"
-        manifest = integrity.seal(record | {"outputs": integrity.describe_files(content, names)})
+        found = self.digests.read(content / name for name in names)
+        outputs = {
+            name: {"sha256": found[content / name].sha256, "bytes": (content / name).stat().st_size} for name in names
+        }
+        manifest = integrity.seal(record | {"outputs": outputs})
         files.write_json(content / "manifest.json", manifest)
         self.install(stage, content)
         return manifest
@@ -293,7 +318,9 @@ class ArtifactStore:
         files.remove(folder / ".publish")
         os.rename(content, folder / ".publish")  # from here on the new artifact is the valid one
         files.fsync_folder(folder)
+        outputs = integrity.read_sealed(folder / ".publish" / "manifest.json")["outputs"]
         self._roll_forward(stage)
+        self.digests.moved(content, folder, outputs)
         self._clean_up(stage)
 
     def _roll_forward(self, stage: str) -> None:

@@ -120,7 +120,8 @@ class Remote:
             # a file that is missing is reported by `check_files` below
             with storage_errors(self.url), suppress(FileNotFoundError):
                 self.files.get_file(f"{self.base}/{stage}/{name}", str(content / name))
-        if problems := integrity.check_files(content, manifest["outputs"]):
+        files.set_default_modes(content)  # before the files are read: it changes their ctime
+        if problems := integrity.check_files(content, manifest["outputs"], self.store.digests.matching):
             remote_folder, remedy = f"{self.url}: {stage}/", f"`rlhf run {stage} -c CONFIG --force` rebuilds it"
             raise UserError([f"{line.replace(f'{content}/', remote_folder)}; {remedy}" for line in problems])
         files.write_json(content / "manifest.json", manifest)
@@ -147,6 +148,7 @@ class Remote:
             is_replaced = is_new and remote["digest"] != local["digest"]
             if not is_older and not is_replaced:
                 return
+        self.store.verify(stage)
         target = f"{self.base}/{stage}"
         with storage_errors(self.url):
             # The manifest goes first and comes back last: while files change, no manifest vouches

@@ -114,8 +114,9 @@ def edit_json(path: Path, change: Callable[[dict], dict]) -> None:
 def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the model's state with its floating-point parameters in another dtype.
 
-    Buffers keep theirs, as do parameters that the model's class keeps in float32. Tensors that
-    share memory still do, so that tied weights are written once.
+    Buffers keep theirs, as do parameters that the model's class keeps in float32, and the head of a
+    reward or value model: it is small, and all of a score's digits depend on it. Tensors that share
+    memory still do, so that tied weights are written once.
 
     Args:
         model: Unchanged.
@@ -124,7 +125,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     Raises:
         UserError: A weight is too large for float16.
     """
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept = {"score", *(getattr(model, "_keep_in_fp32_modules", None) or ())}
     kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     copies: dict[tuple, torch.Tensor] = {}
@@ -137,7 +138,7 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
                 if not copies[memory].isfinite().all() and tensor.isfinite().all():
                     raise UserError(
                         f"model.publish_dtype: float16 ends at 65504, and {name} reaches {tensor.abs().max():.3g}; set "
-                        f"bfloat16, or null"
+                        f"bfloat16, or float32"
                     )
             tensor = copies[memory]
         state[name] = tensor

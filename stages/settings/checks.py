@@ -4,10 +4,6 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from data import sources
-from data.error_lines import shorten
-from data.progress import Note
-from data.source import Source as ReaderSource
 from pipeline.config.checks import PREFIX_TOKENS
 from pipeline.config.section import Section
 from pipeline.config.sections import local_folder
@@ -18,7 +14,9 @@ from pipeline.stage import Source
 from stages.settings.peft import peft_of
 from stages.settings.training import batch_of_each
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `status` and `--help` need no reader: it is imported where something is read
+    from data.progress import Note
+    from data.source import Source as ReaderSource
     from stages.settings.experiment import Experiment
 
 ROWS_CHECKED = 200
@@ -50,7 +48,7 @@ def unreadable_files(experiment: "Experiment", kinds: list[str]) -> list[str]:
     return lines
 
 
-def check_data(kind: str, source: Source, note: Note) -> list[str]:
+def check_data(kind: str, source: Source, note: "Note") -> list[str]:
     """Return the errors in a source: a file is read whole, of a data set on the Hub the first rows.
 
     Args:
@@ -58,19 +56,24 @@ def check_data(kind: str, source: Source, note: Note) -> list[str]:
         source: The source; not a mixture.
         note: Is told how far reading is.
     """
+    from data import sources
+    from data.error_lines import shorten
+
     reader = reader_source(source)
     if source.hub is not None:
         return errors_in_head(kind, dataclasses.replace(reader, limit=reader.limit or NO_LIMIT))
     return shorten(sources.scan(kind, reader, note=note).errors)
 
 
-def errors_in_head(kind: str, source: ReaderSource) -> list[str]:
+def errors_in_head(kind: str, source: "ReaderSource") -> list[str]:
     """Return the error lines of the first rows of a source.
 
     Args:
         kind: Kind of data.
         source: The source.
     """
+    from data import sources
+
     try:
         sources.load_first(kind, source, max_rows=ROWS_CHECKED)
     except UserError as error:
@@ -78,8 +81,10 @@ def errors_in_head(kind: str, source: ReaderSource) -> list[str]:
     return []
 
 
-def reader_source(source: Source) -> ReaderSource:
+def reader_source(source: Source) -> "ReaderSource":
     """Return a source of the pipeline as the reader in `data` takes it."""
+    from data.source import Source as ReaderSource
+
     names = [field.name for field in dataclasses.fields(source) if field.name not in ("reading", "parts")]
     settings: dict[str, Any] = {name: getattr(source, name) for name in names}
     for name, value in source.reading.items():

@@ -114,6 +114,8 @@ def with_own_base(experiment: "Experiment") -> "Experiment":
         return experiment
     changed = {key: value for key in SHAPE if (value := getattr(own, key)) is not None}
     changed |= {key: getattr(own, key) for key in OF_MODEL if key not in SHAPE}
+    if own.name_or_path is not None and "publish_dtype" not in experiment.model.model_fields_set:
+        changed["publish_dtype"] = "as_given"
     changed["adapter"] = None  # an adapter of somebody's is on the policy's base
     changed["control_tokens"] = None  # they ask a policy for good answers
     of_sft = {} if isinstance(own.sft, bool) else {k: v for k, v in own.sft.model_dump().items() if v is not None}

@@ -64,7 +64,7 @@ class Published:
 def published_model(
     experiment: Any, store: ArtifactStore, stages: Mapping[str, Any], stage: str, folder: str
 ) -> Published:
-    """Return a published model of a stage that is up to date, after verifying its digests.
+    """Return a published model of a stage that is up to date, after reading all its files.
 
     Args:
         experiment: The validated experiment.
@@ -83,6 +83,7 @@ def published_model(
     if state.kind != "done":
         raise UserError(f"{stage}: is {state.sentence()}; `rlhf run {stage} -c CONFIG` brings it up to date")
     assert state.manifest is not None
+    store.verify(stage)
     prefix, outputs = f"{folder}/", state.manifest["outputs"]
     sizes = {name.removeprefix(prefix): facts["bytes"] for name, facts in outputs.items() if name.startswith(prefix)}
     if "config.json" not in sizes and not any(name.startswith("base/") for name in sizes):

@@ -24,7 +24,7 @@ from data.files.reading import Reading
 from data.files.rows import file_rows
 from data.files.strict_json import strict_decoder
 from pipeline.errors import UserError
-from pipeline.store.digests import Digests, compute_sha256
+from pipeline.store.digests import Digests
 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 ROWS = [{"prompt": "a é", "chosen": "b,\nc"}, {"prompt": 'say "d"', "chosen": "e"}, {"prompt": "f", "chosen": "g"}]
@@ -444,7 +444,7 @@ def test_the_files_of_a_folder_are_read_in_the_order_of_their_paths(tmp_path):
     found = list(file_rows(tmp_path, reading))
     names = ["a/1.json", "a/2.jsonl.gz", "b.jsonl"]
     assert found == [(f"{tmp_path / name}:1", {"n": n}) for n, name in enumerate(names, 1)] and not reading.errors
-    assert reading.sha256 == compute_sha256(tmp_path) == Digests().facts(tmp_path).sha256
+    assert reading.sha256 == Digests().facts(tmp_path).sha256
 
 
 def test_a_folder_of_texts_is_many_documents(tmp_path):
@@ -464,9 +464,9 @@ def test_a_glob_reads_what_it_matches(tmp_path):
         assert numbers == ([1, 2] if "[" in pattern else [1, 2, 3]) and not reading.errors
         facts = Digests().facts(path)
         assert reading.sha256 == facts.sha256 and facts.rows == len(numbers)
-    before = compute_sha256(tmp_path / "deep/*.jsonl")
+    before = Digests().facts(tmp_path / "deep/*.jsonl").sha256
     written(tmp_path, "deep/4.jsonl", "{}")
-    assert compute_sha256(tmp_path / "deep/*.jsonl") != before
+    assert Digests().facts(tmp_path / "deep/*.jsonl").sha256 != before
     assert "matches no file" in line_of(tmp_path / "none" / "*.jsonl")
     with pytest.raises(UserError, match="no file matches"):
         Digests().facts(tmp_path / "none" / "*.jsonl")
@@ -486,11 +486,11 @@ def test_the_digest_of_a_folder_is_complete_where_reading_stops_early_or_fails(t
         for _ in range(stop):
             next(rows)
         rows.close()
-        assert reading.sha256 == compute_sha256(tmp_path)
+        assert reading.sha256 == Digests().facts(tmp_path).sha256
     written(tmp_path, "x.csv", "a\n1\n")
     reading = Reading(hashes=True)
     assert not list(file_rows(tmp_path, reading)) and reading.errors
-    assert reading.sha256 == compute_sha256(tmp_path)
+    assert reading.sha256 == Digests().facts(tmp_path).sha256
 
 
 @pytest.mark.parametrize(
@@ -567,7 +567,7 @@ def saved(tmp_path_factory):
 def test_a_saved_data_set_is_read(saved):
     reading = Reading(hashes=True)
     assert [value for _, value in file_rows(saved / "one", reading)] == ROWS and not reading.errors
-    assert reading.sha256 == compute_sha256(saved / "one") and reading.format == "arrow"
+    assert reading.sha256 == Digests().facts(saved / "one").sha256 and reading.format == "arrow"
     assert read(saved / "only")[1] == ROWS and read(saved / "both" / "test")[1] == ROWS[:1]
 
 

@@ -200,6 +200,18 @@ def test_status(rlhf, monkeypatch):
     assert "damaged: artifacts/small/text/words/all.json" in rlhf("status")[1].replace("\n", "")
 
 
+def test_status_says_what_it_did_not_read(rlhf, monkeypatch):
+    from pipeline.store import digests
+
+    monkeypatch.setattr(digests, "TIMESTAMP_STEP", 0.0)
+    rlhf("run", "text")
+    time.sleep(0.02)
+    rlhf("status")
+    assert "1 file, 24 B: digests remembered, sizes and times unchanged; --verify reads all" in rlhf("status")[1]
+    code, out, _ = rlhf("status", "--verify")
+    assert code == 0 and "done" in out and "remembered" not in out
+
+
 def test_status_folds_long_names_and_leaves_out_what_there_is_not(rlhf, monkeypatch):
     def run(ctx):
         (ctx.publish / ("x" * 60)).write_text("a")

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from data.answer_lengths import quantiles
@@ -11,6 +12,11 @@ from pipeline.config.sections import ModelSettings
 from stages.shared.publishing import adapter_base, artifact_of
 
 SFT = ("sft.max_steps=1", "sft.max_length=64", "sft.sample_tokens=0", "sft.per_device_train_batch_size=2")
+RM = ("rm.max_steps=1", "rm.max_length=64", "rm.per_device_train_batch_size=2", "rm.bias_demonstrations=2")
+PPO = (
+    *("ppo.batch_size=4", "ppo.mini_batch_size=2", "ppo.total_episodes=4", "ppo.eval_prompts=2"),
+    *("ppo.max_length=48", "ppo.response_length=8", "ppo.ptx_length=8", "ppo.ptx_ratio=1"),
+)
 DPO = ("dpo.max_steps=1", "dpo.max_length=64", "dpo.sample_tokens=0", "dpo.per_device_train_batch_size=2")
 
 
@@ -25,21 +31,22 @@ def read(path) -> dict:
 
 
 def test_as_given_goes_from_stage_to_stage(chain, tmp_path):
-    """With publish_dtype as_given, base, sft and dpo keep a base model's bfloat16."""
+    """By default base, sft and dpo keep a base model's bfloat16."""
     from stages.models.loading import load_policy
     from stages.models.publish import save_model
 
     original = tmp_path / "original"
     original.mkdir()
     save_model(load_policy(chain.root / "base" / "model"), chain.tokenizer, original, card="", dtype="bfloat16")
-    settings = (f"model.name_or_path={original}", "model.publish_dtype=as_given")
+    settings = (f"model.name_or_path={original}",)
     base = chain.run("base", tmp_path / "base", *settings)
     sft = chain.run("sft", tmp_path / "sft", *settings, *SFT, inputs={"base": tmp_path / "base"})
     dpo = chain.run("dpo", tmp_path / "dpo", *settings, *DPO, inputs={"sft": tmp_path / "sft"})
     for done in (base, sft, dpo):
         assert dtypes(done.folder / "model") == {"bfloat16"}, done.folder
         assert read(done.folder / "model" / "config.json")["dtype"] == "bfloat16"
-    assert dtypes(chain.run("base", tmp_path / "plain", settings[0]).folder / "model") == {"float32"}
+    whole = chain.run("base", tmp_path / "whole", *settings, "model.publish_dtype=float32")
+    assert dtypes(whole.folder / "model") == {"float32"}
     assert base.figures["same_rows_as_given"] is True
 
 
@@ -51,8 +58,43 @@ def test_a_dtype_that_is_named(chain, tmp_path, setting, published):
     assert dtypes(done.folder / "model") == published
 
 
-def test_float32_by_name_is_the_default_and_makes_nothing_stale():
+def test_float32_is_the_default_from_scratch_and_as_given_that_of_a_given_model():
+    """What is recorded from scratch is what earlier versions recorded, so nothing becomes stale."""
     assert ModelSettings(publish_dtype="float32") == ModelSettings() and ModelSettings().publish_dtype is None
+    given = ModelSettings(name_or_path="org/name")
+    assert given.publish_dtype == "as_given" and ModelSettings(**given.model_dump()) == given
+    for float32 in ("float32", None):
+        assert ModelSettings(name_or_path="org/name", publish_dtype=float32).publish_dtype is None
+    assert ModelSettings(name_or_path="org/name", publish_dtype="float16").publish_dtype == "float16"
+
+
+@pytest.mark.parametrize("model, expected", [({}, "as_given"), ({"publish_dtype": None}, None)])
+def test_a_reward_models_own_given_base_is_published_as_given(model, expected):
+    from stages.settings.experiment import Experiment
+    from stages.settings.reward_base import with_own_base
+
+    experiment = Experiment(name="a", model=model, rm={"base": {"name_or_path": "org/name"}})
+    assert with_own_base(experiment).model.publish_dtype == expected and experiment.model.publish_dtype is None
+
+
+def test_later_stages_start_from_what_a_16_bit_sft_published(chain, tmp_path):
+    """Policy and reference start from its rounded weights, so KL is 0 at the start."""
+    from stages.models.loading import load_policy
+
+    half = "model.publish_dtype=bfloat16"
+    sft = chain.run("sft", tmp_path / "sft", half, *SFT).folder
+    rm = chain.run("rm", tmp_path / "rm", half, *RM, inputs={"sft": sft}).folder
+    ppo = chain.run("ppo", tmp_path / "ppo", half, *PPO, inputs={"sft": sft, "rm": rm})
+    published = load_file(sft / "model" / "model.safetensors")
+    for name, weight in load_policy(sft / "model").state_dict().items():
+        if name in published:
+            assert weight.dtype == torch.float32 and torch.equal(weight, published[name].float()), name
+    first = json.loads((ppo.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["objective/kl"]) < 1e-6  # nats a response; sums in another order
+    for folder in (rm / "model", ppo.folder / "value_model"):
+        weights = load_file(folder / "model.safetensors")
+        assert weights.pop("score.weight").dtype == torch.float32
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 def test_a_policys_generation_settings_have_the_training_temperature(chain, tmp_path):
