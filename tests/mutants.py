@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "PPO's gradient is clipped before ptx is added",
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n',
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n'
+        '            norms = {"grad_norm/ppo": total_norm(gradients_of(policy.parameters.values()))}\n',
+        '            norms = {"grad_norm/ppo": total_norm(gradients_of(policy.parameters.values()))}\n'
         "            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), policy.max_grad_norm)\n",
     ),
     Mutant(
@@ -281,8 +281,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "rlhf_reward takes off k1 whatever is penalised",
-        '"objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl)',
-        '"objective/rlhf_reward": scores - kl_coef * kl',
+        'kl = found["objective/kl_k3" if kl_estimator == "k3" else "objective/kl"]',
+        'kl = found["objective/kl"]',
     ),
     # ── rm ────────────────────────────────────────────────────────────────────────────────────
     Mutant(
