@@ -21,7 +21,8 @@ from data.groups import GroupBatch, PromptGroup, batch_groups, moved
 from data.labels import LabelledGroups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages.models.adapters import with_adapter
+from stages.models.adapters import AdapterSettings, with_adapter
+from stages.models.compiled import is_compiled
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
@@ -41,6 +42,7 @@ from stages.shared.runtime import (
     adapter_settings,
     can_pack_rows,
     check_context,
+    compiling_of,
     note_default_rate,
     place_model,
     runtime_of,
@@ -150,7 +152,8 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
     adapter = adapter_settings(provenance.model)
-    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed, exact=True), runtime, config.max_length)
+    make = partial(make_policy, load, adapter, ctx.seed)
+    policy = place_model(make, runtime, config.max_length, compiling_of(runtime, session))
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(
         GroupBatches,
@@ -164,7 +167,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     order = group_order(groups, steps, batch_size, (ctx.seed, "dpo"))
     drawn = sorted(set(order))
     leave = partial(session.leave_if_requested, 0, steps)
-    made_by = reference_inputs(provenance, runtime)
+    made_by = reference_inputs(provenance, runtime) + (["compiled layers"] if is_compiled(policy) else [])
     pad_id = tokenizer.pad_token_id
     reference = Reference(policy, pad_id, runtime, ctx.cache, made_by, session.tracker, leave)
     ref_logps = dict(zip(drawn, reference.logps("train", cut(part_of(groups, drawn))), strict=True))
@@ -220,6 +223,17 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     figures |= ties.published() if ties else {}
     publish(provenance, publishable(policy, load), tokenizer, figures)
     return figures
+
+
+def make_policy(load: Callable[[], nn.Module], adapter: AdapterSettings, seed: int) -> nn.Module:
+    """Return the policy before training, with its adapter if one trains.
+
+    Args:
+        load: Loads the model.
+        adapter: Which weights train.
+        seed: Of the adapter.
+    """
+    return with_adapter(load(), adapter, seed=seed, exact=True)
 
 
 def reference_inputs(provenance: Provenance, runtime: Runtime) -> list[Any]:

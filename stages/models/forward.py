@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.groups import Rows, make_rows
 from pipeline.launch.parallel import padded_micro_batches
 from stages.models.adapters import unwrapped
+from stages.models.compiled import is_compiled
 from stages.models.context_parallel import cuts_rows, over_parts
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
@@ -64,7 +65,7 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
     else:
         assert not cuts_rows(model)  # `place_model` refuses such a head
         set_mode(model)
-        logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
+        logits = model(input_ids=rows.input_ids, **options_of(model, rows)).logits.flatten(0, 1)
         logits = without_soft_prompt(model, logits.index_select(0, index).float() / temperature)
         logprobs = token_logprobs(logits, ids)
         entropies = entropy(logits.detach()) if with_entropy else None
@@ -105,7 +106,7 @@ def next_logits(model: nn.Module, rows: Rows) -> Tensor:
         return compute_gathered(
             model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last))
         )
-    return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
+    return model(input_ids=rows.input_ids, **options_of(model, rows)).logits.flatten(0, 1).index_select(0, rows.last)
 
 
 def response_values(model: nn.Module, rows: Rows) -> Tensor:
@@ -188,10 +189,17 @@ def _spread(x: Tensor, rows: Rows) -> Tensor:
     return blank.index_copy(0, rows.real, x).view(rows.responses.shape)
 
 
+def options_of(model: nn.Module, rows: Rows) -> dict:
+    """Return what a model's forward takes for these rows, beside input_ids."""
+    return trunk_options(rows, in_rows=is_compiled(model))
+
+
 def _hidden(model: nn.Module, rows: Rows) -> Tensor:
     """Return the last hidden states of the model's trunk, (N·T, d)."""
     set_mode(model)
-    return unwrapped(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
+    return (
+        unwrapped(model).base_model(input_ids=rows.input_ids, **options_of(model, rows)).last_hidden_state.flatten(0, 1)
+    )
 
 
 @torch.no_grad()

@@ -234,15 +234,21 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     return out.reshape(B, 1, H, -1)  # the heads of values may be narrower than those of keys
 
 
-def trunk_options(rows: Rows) -> dict:
-    """Return what a model's forward takes for these rows, beside input_ids."""
+def trunk_options(rows: Rows, in_rows: bool = False) -> dict:
+    """Return what a model's forward takes for these rows, beside input_ids.
+
+    Args:
+        rows: The rows.
+        in_rows: Whether attention over packed rows is computed by `in_rows` on a CPU too: the same
+            operations whatever the lengths are, as compiled layers need.
+    """
     if rows.sequences is None:  # padded: position ids are the default, from 0 in each row
         return {"use_cache": False}
     return {
         "position_ids": rows.position_ids,
         "attention_mask": no_mask(rows.input_ids.device),
         "use_cache": False,
-        "packing": Packing(rows.spans, rows.sequences, rows.home),
+        "packing": Packing(() if in_rows else rows.spans, rows.sequences, rows.home),
     }
 
 
