@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from stages.models.adapters import unwrapped
 from stages.models.ensemble import members
 from stages.models.packing import reads_packed_rows, trunk_options
-from stages.models.sharding import compute_gathered, decoder_layers, is_sharded
+from stages.models.sharding import decoder_layers, is_sharded
 
 FLAG = "has_compiled_layers"  # in the __dict__ of a model whose layers are compiled
 GRAPHS = 64
@@ -87,8 +87,6 @@ def forget_compiled(model: nn.Module) -> None:
 def compile_layers(model: nn.Module, autocast: Callable[[], Any], backend: str = "inductor") -> str | None:
     """Compile the decoder layers of a model that reads packed rows, on its device.
 
-    All processes call it together for a sharded model.
-
     Args:
         model: A model or an Ensemble; changed if it can be compiled.
         autocast: Returns the context in which it computes.
@@ -105,16 +103,17 @@ def compile_layers(model: nn.Module, autocast: Callable[[], Any], backend: str =
             layers = decoder_layers(inner)
         except UserError:
             return f"transformers names no layers of a {type(inner).__name__}"
-        sharded = is_sharded(member)
+        if is_sharded(member):
+            return "its weights are sharded, and hooks that gather them have kept layers from being one graph"
         with autocast():
             expected = _hidden_states(member)
             inner.__dict__[FLAG] = True
             try:
                 # The first pass only looks whether a layer is one graph.
-                _compile(layers, sharded, backend="eager", fullgraph=True)
+                _compile(layers, backend="eager", fullgraph=True)
                 found = [_hidden_states(member)]
                 _undo(layers)
-                _compile(layers, sharded, backend=backend)
+                _compile(layers, backend=backend)
                 found.append(_hidden_states(member))
             except Exception as error:  # of torch's compiler, which raises many kinds
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -128,27 +127,21 @@ def compile_layers(model: nn.Module, autocast: Callable[[], Any], backend: str =
     return None
 
 
-def _compile(layers: list[nn.Module], sharded: bool, **options: Any) -> None:
+def _compile(layers: list[nn.Module], **options: Any) -> None:
     """Compile layers in place, as one graph for all shapes.
 
     Args:
         layers: The layers.
-        sharded: Whether fsdp2 gathers their weights by hooks, which must stay outside the graph.
         options: Of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in layers:
-        if sharded:
-            # A sharded model is never copied (its skeleton is), so the function stays its layer's.
-            layer.__dict__["forward"] = torch.compile(layer.forward, dynamic=True, **options)
-        else:
-            layer.compile(dynamic=True, **options)
+        layer.compile(dynamic=True, **options)
 
 
 def _undo(layers: list[nn.Module]) -> None:
     """Let layers run as they are written again."""
     for layer in layers:
-        layer.__dict__.pop("forward", None)
         layer._compiled_call_impl = None
 
 
@@ -159,6 +152,6 @@ def _hidden_states(model: nn.Module) -> Tensor:
     model.eval()
     rows = make_rows(*TRIED, 0, packed=True).to(next(inner.parameters()).device)
     options = trunk_options(rows, in_rows=is_compiled(model))
-    states = compute_gathered(model, lambda: inner.base_model(input_ids=rows.input_ids, **options).last_hidden_state)
+    states = inner.base_model(input_ids=rows.input_ids, **options).last_hidden_state
     model.train(training)
     return states.float()
