@@ -124,7 +124,7 @@ class Objective:
         share = batch.paired / max(1, whole.paired)
         figures = pair_figures(value, logps.detach(), ref_logps, batch, config.beta, share) | tied
         if len(parts) > 1:
-            figures |= {f"loss/{name}": x for name, x in parts.items()}
+            figures.update({f"loss/{name}": x for name, x in parts.items()})
         return value, figures
 
 
@@ -371,4 +371,4 @@ def pair_figures(
         "logps/chosen": logps[batch.winners],
         "logps/rejected": logps[batch.losers],
     }
-    return {"loss": value} | {name: Share(batch.mean(x), share) for name, x in figures.items()}
+    return {"loss": value, **{name: Share(batch.mean(x), share) for name, x in figures.items()}}
