@@ -7,6 +7,7 @@ groups of any K. Shape letters: B responses, N rows, T tokens of a row, R tokens
 response, W tokens of the longest prompt with its response.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,6 +126,9 @@ class Rows:
     """(B,): the column of its prompt's last token."""
     first: torch.Tensor
     """(B,): the column of its own first token."""
+    real: torch.Tensor
+    """(n,): index into the B·R places of `responses` of each real token, as `response_mask` shows
+    them. A device would have to be waited for to find them from the mask."""
     position_ids: torch.Tensor | None = None
     """(1, T), packed only: positions, which restart at each prompt, and after the prompt for each
     response to it."""
@@ -159,10 +163,33 @@ class Rows:
 
     def to(self, device: torch.device | str) -> "Rows":
         """Return a copy with its tensors on a device."""
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-        return Rows(**moved)
+        return Rows(**vars(self) | moved(vars(self), device))
+
+
+def moved(values: dict[str, Any], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Copy the tensors among some values to a device, those of a dtype in one transfer.
+
+    To a GPU they go through pinned memory, and nothing waits for the work that is queued there.
+
+    Args:
+        values: By name; tensors lie on the CPU.
+        device: The device.
+
+    Returns:
+        The tensors there, by name; the same ones if that is the CPU.
+    """
+    tensors = {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+    if torch.device(device).type == "cpu":
+        return tensors
+    copies: dict[str, torch.Tensor] = {}
+    for dtype in {x.dtype for x in tensors.values()}:
+        same = {name: x for name, x in tensors.items() if x.dtype == dtype}
+        flat = torch.cat([x.flatten() for x in same.values()])
+        if torch.device(device).type == "cuda":
+            flat = flat.pin_memory()
+        parts = flat.to(device, non_blocking=True).split([x.numel() for x in same.values()])
+        copies |= {name: part.view(x.shape) for (name, x), part in zip(same.items(), parts, strict=True)}
+    return copies
 
 
 def make_rows(
@@ -180,17 +207,23 @@ def make_rows(
     longest = max(1, *map(len, responses))
     ids = torch.tensor([[*response, *[pad_id] * (longest - len(response))] for response in responses])
     lengths = torch.tensor([len(response) for response in responses])
+    real = torch.tensor([i * longest + j for i, response in enumerate(responses) for j in range(len(response))])
+    real = real.long()  # of empty responses only, it would be of floats
     if packed:
-        return _pack(prompts, responses, ids, lengths)
+        return _pack(prompts, responses, ids, lengths, real)
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     first = torch.tensor([len(prompt) for prompt in prompts])
     padded = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    return Rows(padded, ids, lengths, torch.arange(len(rows)), first - 1, first)
+    return Rows(padded, ids, lengths, torch.arange(len(rows)), first - 1, first, real)
 
 
 def _pack(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], ids: torch.Tensor, lengths: torch.Tensor
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    real: torch.Tensor,
 ) -> Rows:
     """Pack responses and their prompts into one row.
 
@@ -199,6 +232,7 @@ def _pack(
         responses: Token ids of the responses (B).
         ids: (B, R), the responses as a padded tensor.
         lengths: (B,), their lengths.
+        real: (n,), the places of their tokens, as of `Rows`.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -234,6 +268,7 @@ def _pack(
         row=torch.zeros_like(first),
         prompt_end=torch.tensor(prompt_ends),
         first=first,
+        real=real,
         position_ids=torch.tensor([positions]),
         sequences=sequences,
         home=home,
@@ -260,6 +295,8 @@ class GroupBatch:
     """(P,): the score difference that each pair should have at least."""
     pair_group: torch.Tensor
     """(P,): the group of each pair."""
+    pair_sizes: torch.Tensor
+    """(P,): the number of pairs of the pair's group."""
     choice: torch.Tensor
     """(P,): the choice that each pair belongs to. Pairs with the same winner by one labeler are one
     choice: of the winner out of itself and the losers."""
@@ -271,21 +308,19 @@ class GroupBatch:
     """(F,): their weights."""
     groups: int
     """G, the number of groups."""
+    paired: int
+    """Groups that have a pair."""
 
-    def mean(self, x: torch.Tensor) -> float:
-        """Return the mean over prompts of the mean of x (P,) over a prompt's pairs.
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean over prompts of the mean of x (P,) over a prompt's pairs, a scalar.
 
         Prompts without a pair do not count.
         """
-        sizes = torch.bincount(self.pair_group, minlength=self.groups)
-        return ((x / sizes[self.pair_group]).sum() / (sizes > 0).sum().clamp(min=1)).item()
+        return (x / self.pair_sizes).sum() / max(1, self.paired)
 
     def to(self, device: torch.device | str) -> "GroupBatch":
         """Return a copy with its tensors on a device."""
-        moved: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            moved[name] = value if isinstance(value, int) else value.to(device)
-        return GroupBatch(**moved)
+        return GroupBatch(**vars(self) | moved(vars(self), device) | {"rows": self.rows.to(device)})
 
 
 def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = False) -> GroupBatch:
@@ -327,6 +362,7 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = F
         start += len(group.responses)
     prompts = [group.prompt for group in groups for _ in group.responses]
     responses = [response for group in groups for response in group.responses]
+    sizes = Counter(owners)
     return GroupBatch(
         rows=make_rows(prompts, responses, pad_id, packed=packed),
         winners=_integers(winners),
@@ -334,11 +370,13 @@ def batch_groups(groups: Sequence[PromptGroup], pad_id: int, *, packed: bool = F
         pair_weights=_floats(weights),
         pair_margins=_floats(margins),
         pair_group=_integers(owners),
+        pair_sizes=_integers([sizes[owner] for owner in owners]),
         choice=_integers(pair_choices),
         choice_weights=_floats(choice_weights),
         first=_integers([i for i, _ in first]),
         first_weights=_floats([weight for _, weight in first]),
         groups=len(groups),
+        paired=len(sizes),
     )
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import torch
 
-from data.groups import PromptGroup
+from data.groups import PromptGroup, moved
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Comparisons:
 
     def to(self, device: torch.device | str) -> "Comparisons":
         """Return a copy with its tensors on a device."""
-        return Comparisons(**{name: value.to(device) for name, value in vars(self).items()})
+        return Comparisons(**moved(vars(self), device))
 
 
 def ranked_once(group: PromptGroup) -> Iterator[list[tuple[int, int]]]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from data import sources
 from data.group_rows import count_pairs, has_pair, part_of
-from data.groups import GroupBatch, PromptGroup, batch_groups
+from data.groups import GroupBatch, PromptGroup, batch_groups, moved
 from data.labels import LabelledGroups
 from pipeline.launch import parallel
 from pipeline.stage import StageRun
-from stages.models.adapters import with_adapter
+from stages.models.adapters import AdapterSettings, with_adapter
+from stages.models.compiled import is_compiled
 from stages.models.forward import response_logprobs
 from stages.models.loading import load_policy, load_tokenizer
 from stages.models.sharding import is_sharded, publishable
@@ -41,6 +42,7 @@ from stages.shared.runtime import (
     adapter_settings,
     can_pack_rows,
     check_context,
+    compiling_of,
     note_default_rate,
     place_model,
     runtime_of,
@@ -50,6 +52,7 @@ from stages.shared.show import show_samples
 from stages.training.batching import GroupBatches, group_order, micro_batches
 from stages.training.kto import KTO, Marks, count_marks, weight_note
 from stages.training.loop import Task, fit
+from stages.training.readings import Figure, Share, read_sums
 from stages.training.reference import Reference
 from stages.training.session import session_of
 from stages.training.ties import TieModel, learned_ties, tie_model, tie_note
@@ -89,7 +92,7 @@ class Objective:
 
     def micro_batch(
         self, groups: Sequence[PromptGroup], reference: Sequence[Tensor], whole: Counts
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Figure]]:
         """Compute the share of a micro-batch in the loss of its batch.
 
         Args:
@@ -102,7 +105,7 @@ class Objective:
         """
         config, accelerator = self.config, self.runtime.accelerator
         batch = batch_groups(groups, self.pad_id, packed=self.runtime.packed).to(accelerator.device)
-        ref_logps = torch.cat(list(reference)).to(accelerator.device)
+        ref_logps = moved({"logps": torch.cat(list(reference))}, accelerator.device)["logps"]
         with accelerator.autocast():
             logprobs = response_logprobs(self.policy, batch.rows)
         logps = sequence_logps(logprobs, batch.rows.response_mask)
@@ -118,10 +121,10 @@ class Objective:
                 name, logps, ref_logps, batch, config.beta, config.label_smoothing, whole.prompts, whole.tokens
             )
         value = sum(weight * parts[name] for name, weight in config.losses().items())
-        share = len(batch.pair_group.unique()) / max(1, whole.paired)
+        share = batch.paired / max(1, whole.paired)
         figures = pair_figures(value, logps.detach(), ref_logps, batch, config.beta, share) | tied
         if len(parts) > 1:
-            figures |= {f"loss/{name}": x.item() for name, x in parts.items()}
+            figures.update({f"loss/{name}": x for name, x in parts.items()})
         return value, figures
 
 
@@ -149,7 +152,8 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
         note_default_rate(session, config)
     load = partial(load_policy, source, **runtime.load_options())
     adapter = adapter_settings(provenance.model)
-    policy = place_model(lambda: with_adapter(load(), adapter, seed=ctx.seed, exact=True), runtime, config.max_length)
+    make = partial(make_policy, load, adapter, ctx.seed)
+    policy = place_model(make, runtime, config.max_length, compiling_of(runtime, session))
     runtime = replace(runtime, packed=can_pack_rows(session, [policy], config.max_length))
     cut = partial(
         GroupBatches,
@@ -163,7 +167,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     order = group_order(groups, steps, batch_size, (ctx.seed, "dpo"))
     drawn = sorted(set(order))
     leave = partial(session.leave_if_requested, 0, steps)
-    made_by = reference_inputs(provenance, runtime)
+    made_by = reference_inputs(provenance, runtime) + (["compiled layers"] if is_compiled(policy) else [])
     pad_id = tokenizer.pad_token_id
     reference = Reference(policy, pad_id, runtime, ctx.cache, made_by, session.tracker, leave)
     ref_logps = dict(zip(drawn, reference.logps("train", cut(part_of(groups, drawn))), strict=True))
@@ -181,7 +185,7 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     paired = has_pair(groups)
     shown = [r.prompt for r in sources.load("rankings", replace(published(rankings / "validation.jsonl"), limit=4))]
 
-    def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(rows: list[int], batch: Sequence[int]) -> tuple[Tensor, dict[str, Figure]]:
         whole = counts_of(batch, groups, paired, by_label)
         return objective.micro_batch([groups[i] for i in rows], [ref_logps[i] for i in rows], whole)
 
@@ -221,6 +225,17 @@ def run(ctx: StageRun[DPOSettings, Experiment]) -> dict:
     return figures
 
 
+def make_policy(load: Callable[[], nn.Module], adapter: AdapterSettings, seed: int) -> nn.Module:
+    """Return the policy before training, with its adapter if one trains.
+
+    Args:
+        load: Loads the model.
+        adapter: Which weights train.
+        seed: Of the adapter.
+    """
+    return with_adapter(load(), adapter, seed=seed, exact=True)
+
+
 def reference_inputs(provenance: Provenance, runtime: Runtime) -> list[Any]:
     """List what the reference's log-probabilities depend on, besides the responses.
 
@@ -254,7 +269,7 @@ def evaluate(
         reference: log π_ref of the responses of each group, (K,).
         poll: Called between two forward passes; may raise Interrupted.
     """
-    groups, sums = batches.groups, {}
+    groups, found = batches.groups, []
     whole = counts_of(range(len(groups)), groups, has_pair(groups), objective.kto is not None)
     parts, costs = batches.to_evaluate()
     spare = parts[0] if is_sharded(objective.policy) else None
@@ -263,9 +278,8 @@ def evaluate(
         members, ref_logps = [groups[i] for i in rows], [reference[i] for i in rows]
         _, figures = objective.micro_batch(members, ref_logps, whole)
         if is_own:
-            for key, value in figures.items():
-                sums[key] = sums.get(key, 0.0) + value
-    figures = parallel.all_reduce_figures(sums)
+            found.append(figures)
+    figures = parallel.all_reduce_figures(read_sums(found)[0])
     return figures | (objective.ties.figures() if objective.ties else {})
 
 
@@ -336,7 +350,7 @@ def tokens_first(group: PromptGroup) -> float:
 
 def pair_figures(
     value: Tensor, logps: Tensor, ref_logps: Tensor, batch: GroupBatch, beta: float, share: float
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """Return trl's figures of a micro-batch, to be summed over the batch.
 
     Args:
@@ -357,4 +371,4 @@ def pair_figures(
         "logps/chosen": logps[batch.winners],
         "logps/rejected": logps[batch.losers],
     }
-    return {"loss": value.item()} | {name: share * batch.mean(x) for name, x in figures.items()}
+    return {"loss": value, **{name: Share(batch.mean(x), share) for name, x in figures.items()}}

@@ -144,8 +144,9 @@ class Episodes:
     def select(self, index: Tensor) -> "Episodes":
         """Return the episodes of `index`, a minibatch."""
         r = self.rows
-        per_response = (x[index] for x in (r.prompt_end, r.first))
-        rows = Rows(r.input_ids[index], r.responses[index], r.lengths[index], torch.arange(len(index)), *per_response)
+        prompt_end, first, lengths = (x[index] for x in (r.prompt_end, r.first, r.lengths))
+        real = r.response_mask[index].flatten().nonzero().flatten()
+        rows = Rows(r.input_ids[index], r.responses[index], lengths, torch.arange(len(index)), prompt_end, first, real)
         tensors = (self.logprobs, self.values, self.advantages, self.returns)
         return Episodes(rows, *(x[index] for x in tensors))
 

@@ -63,6 +63,7 @@ from stages.shared.runtime import (
     adapter_settings,
     can_pack_rows,
     check_context,
+    compiling_of,
     note_default_rate,
     place_model,
     runtime_of,
@@ -151,7 +152,7 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         seed = member_seed(ctx.seed, k)
         start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
         make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start)
-        model = place_model(make, runtime, config.max_length)
+        model = place_model(make, runtime, config.max_length, compiling_of(runtime, session))
         groups = data.judge if name == JUDGE else data.groups
         ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device, model)
         ctx.confirm_folders()

@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "PPO's gradient is clipped before ptx is added",
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n',
-        '            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale\n'
+        '            norms = {"grad_norm/ppo": total_norm(gradients_of(policy.parameters.values()))}\n',
+        '            norms = {"grad_norm/ppo": total_norm(gradients_of(policy.parameters.values()))}\n'
         "            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), policy.max_grad_norm)\n",
     ),
     Mutant(
@@ -152,8 +152,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "the value model steps at the policy's rate",
-        "zip(trainees, (rates.policy, rates.value), strict=False)",
-        "zip(trainees, (rates.policy, rates.policy), strict=False)",
+        "zip(trainees, steps, (rates.policy, rates.value), strict=False)",
+        "zip(trainees, steps, (rates.policy, rates.policy), strict=False)",
     ),
     Mutant(
         "ppo",
@@ -171,8 +171,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "ptx divided by tokens that nothing predicts",
-        "tokens, total = len(texts) * (len(texts[0]) - 1), 0.0",
-        "tokens, total = len(texts) * len(texts[0]), 0.0",
+        "tokens = len(texts) * (len(texts[0]) - 1)",
+        "tokens = len(texts) * len(texts[0])",
     ),
     Mutant(
         "ppo",
@@ -281,8 +281,8 @@ MUTANTS = [
     Mutant(
         "ppo",
         "rlhf_reward takes off k1 whatever is penalised",
-        '"objective/rlhf_reward": scores - kl_coef * (k3 if kl_estimator == "k3" else kl)',
-        '"objective/rlhf_reward": scores - kl_coef * kl',
+        'kl = found["objective/kl_k3" if kl_estimator == "k3" else "objective/kl"]',
+        'kl = found["objective/kl"]',
     ),
     # ── rm ────────────────────────────────────────────────────────────────────────────────────
     Mutant(
@@ -452,8 +452,8 @@ MUTANTS = [
     Mutant(
         "ties",
         "the share of ties is that of what is not tied",
-        '"ties": (shares * is_tie)',
-        '"ties": (shares * ~is_tie)',
+        '"ties": Share((shares * is_tie)',
+        '"ties": Share((shares * ~is_tie)',
     ),
     Mutant("ties", "expected ties are those of single choices", "-torch.expm1(single)", "single.exp()"),
     Mutant("ties", "tie_learning_rate is not read", "section.tie_learning_rate or LEARNING_RATE", "LEARNING_RATE"),
@@ -586,7 +586,7 @@ MUTANTS = [
     Mutant(
         "dpo",
         "a micro-batch's figures weigh as if all were as large",
-        "share = len(batch.pair_group.unique()) / max(1, whole.paired)",
+        "share = batch.paired / max(1, whole.paired)",
         "share = 0.5",
     ),
     Mutant(

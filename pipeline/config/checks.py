@@ -232,6 +232,7 @@ def check_common(experiment: Common) -> list[str]:
         *adapter_problems(model),
         *layout_problems(experiment.launch, experiment.model.dtype),
         *axis_problems(experiment),
+        *compile_problems(experiment),
         *attention_problems(model),
         *(apple_problems(experiment) if experiment.launch.device == "mps" else []),
         *tracking_problems(experiment),
@@ -407,6 +408,18 @@ def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
             "weights, or launch.offload: optimizer"
         )
     return problems
+
+
+def compile_problems(experiment: Common) -> list[str]:
+    """Return a line if layers are to be compiled that processes compute together."""
+    launch = experiment.launch
+    if not experiment.model.compile or launch.together == 1:
+        return []
+    key = "tensor_parallel" if (launch.tensor_parallel or 1) > 1 else "context_parallel"
+    return [
+        f"model.compile: true makes one graph of a layer, and with launch.{key} processes communicate inside it; set "
+        f"model.compile: false, or launch.{key}: 1"
+    ]
 
 
 def count_of_processes(launch: LaunchSettings) -> int:

@@ -184,6 +184,12 @@ class ModelSettings(Section):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more compute"
     )
+    compile: bool | None = setting(
+        False,
+        "compile the decoder layers of rm, ppo and dpo with torch.compile, which fuses what lies between their matrix "
+        "products. auto or null: on CUDA, where the model can be compiled; true: also on a CPU, where it gains nothing. "
+        "Not the default, since it has not been run on a GPU yet",
+    )
     peft: PeftSettings | None = setting(
         None, "train adapters instead of all weights; null: train all weights. sft, rm, ppo and dpo can change it"
     )
@@ -200,6 +206,11 @@ class ModelSettings(Section):
         if isinstance(values, dict) and values.get("name_or_path") is not None:
             return {"publish_dtype": "as_given"} | values
         return values
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _auto_is_null(cls, value: Any) -> Any:
+        return None if value == "auto" else value
 
     @field_validator("publish_dtype", mode="before")
     @classmethod

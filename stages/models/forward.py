@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from data.groups import Rows, make_rows
 from pipeline.launch.parallel import padded_micro_batches
 from stages.models.adapters import unwrapped
+from stages.models.compiled import is_compiled
 from stages.models.context_parallel import cuts_rows, over_parts
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
 from stages.models.head import head_logprobs
 from stages.models.loading import score_head
-from stages.models.packing import trunk_options
+from stages.models.packing import causal_options, trunk_options
 from stages.models.sharding import compute_gathered, is_sharded
 from stages.models.soft_prompts import after_soft_prompt, excluded_ids, without_soft_prompt
 from stages.models.tensor_parallel import whole_weight
@@ -41,8 +42,7 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
         Log-probabilities (B, R), or a pair of them and the entropies (B, R); 0 off the response
         mask.
     """
-    mask = rows.response_mask
-    index, ids = rows.before[mask], rows.responses[mask]
+    index, ids = rows.before.flatten()[rows.real], rows.responses.flatten()[rows.real]
     if head_is_linear(model):
 
         def at_places(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
@@ -65,11 +65,11 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
     else:
         assert not cuts_rows(model)  # `place_model` refuses such a head
         set_mode(model)
-        logits = model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1)
+        logits = model(input_ids=rows.input_ids, **options_of(model, rows)).logits.flatten(0, 1)
         logits = without_soft_prompt(model, logits.index_select(0, index).float() / temperature)
         logprobs = token_logprobs(logits, ids)
         entropies = entropy(logits.detach()) if with_entropy else None
-    return (_spread(logprobs, mask), _spread(entropies, mask)) if with_entropy else _spread(logprobs, mask)
+    return (_spread(logprobs, rows), _spread(entropies, rows)) if with_entropy else _spread(logprobs, rows)
 
 
 def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     if head_is_linear(model):
 
         def compute_logprobs() -> Tensor:
-            hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, before:]
+            trunk = unwrapped(model).base_model
+            hidden = trunk(input_ids=inputs, **causal_options(model, inputs)).last_hidden_state[:, before:]
             weight = whole_weight(unwrapped(model).get_output_embeddings().weight)
             excluded = excluded_ids(model, ids.device)
             return head_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), excluded=excluded)[0]
@@ -105,7 +106,7 @@ def next_logits(model: nn.Module, rows: Rows) -> Tensor:
         return compute_gathered(
             model, lambda: inner.get_output_embeddings()(_hidden(model, rows).index_select(0, rows.last))
         )
-    return model(input_ids=rows.input_ids, **trunk_options(rows)).logits.flatten(0, 1).index_select(0, rows.last)
+    return model(input_ids=rows.input_ids, **options_of(model, rows)).logits.flatten(0, 1).index_select(0, rows.last)
 
 
 def response_values(model: nn.Module, rows: Rows) -> Tensor:
@@ -113,8 +114,7 @@ def response_values(model: nn.Module, rows: Rows) -> Tensor:
 
     reward_bias is subtracted, as from scores.
     """
-    mask = rows.response_mask
-    return _spread(_scalars(model, rows, rows.before[mask]), mask)
+    return _spread(_scalars(model, rows, rows.before.flatten()[rows.real]), rows)
 
 
 def response_scores(model: nn.Module, rows: Rows) -> Tensor:
@@ -160,15 +160,18 @@ def score_all(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     scores = torch.empty(len(prompts))
+    scored: list[tuple[list[int], Tensor]] = []  # read together at the end
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     # A sharded model's pass takes all ranks: one that has scored all of its own repeats a response.
     spare = order[:1] if is_sharded(model) else None
     for part, is_own in padded_micro_batches(parts, spare):
         rows = make_rows([prompts[i] for i in part], [responses[i] for i in part], pad_id, packed=packed)
         with accelerator.autocast():
-            found = response_scores(model, rows.to(accelerator.device)).cpu()
+            found = response_scores(model, rows.to(accelerator.device))
         if is_own:
-            scores[part] = found
+            scored.append((part, found))
+    if scored:
+        scores[[i for part, _ in scored for i in part]] = torch.cat([found for _, found in scored]).float().cpu()
     return scores
 
 
@@ -180,15 +183,23 @@ def set_mode(model: nn.Module) -> None:
     model.train(torch.is_grad_enabled())
 
 
-def _spread(x: Tensor, mask: Tensor) -> Tensor:
-    """Return (n,) numbers at the n True places of the mask (B, R), and 0 elsewhere."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+def _spread(x: Tensor, rows: Rows) -> Tensor:
+    """Return (n,) numbers at the places of the n response tokens (B, R), and 0 elsewhere."""
+    blank = x.new_zeros(rows.responses.numel())
+    return blank.index_copy(0, rows.real, x).view(rows.responses.shape)
+
+
+def options_of(model: nn.Module, rows: Rows) -> dict:
+    """Return what a model's forward takes for these rows, beside input_ids."""
+    return trunk_options(rows, in_rows=is_compiled(model))
 
 
 def _hidden(model: nn.Module, rows: Rows) -> Tensor:
     """Return the last hidden states of the model's trunk, (N·T, d)."""
     set_mode(model)
-    return unwrapped(model).base_model(input_ids=rows.input_ids, **trunk_options(rows)).last_hidden_state.flatten(0, 1)
+    return (
+        unwrapped(model).base_model(input_ids=rows.input_ids, **options_of(model, rows)).last_hidden_state.flatten(0, 1)
+    )
 
 
 @torch.no_grad()

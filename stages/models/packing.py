@@ -26,6 +26,7 @@ from stages.models.families import cache_name
 from stages.models.prefix import WORKS_WITH, before, seen_behind
 
 NAME = "packed_rows"
+CAUSAL = "causal"  # in place of a Packing: rows without padding, each causal
 # Tokens per span. Below, a call per span costs a CPU more than the padding of one call for all.
 SHORT = 32
 
@@ -35,7 +36,8 @@ class Packing:
     """The layout of a packed row: which tokens attend to which, as in `Rows`."""
 
     spans: tuple[tuple[int, tuple[int, ...]], ...]
-    """Lengths in the row: (prompt, its responses), one prompt after another."""
+    """Lengths in the row: (prompt, its responses), one prompt after another; () if attention is
+    to be computed in rows."""
     sequences: Tensor
     """(B, W): the tokens of each response's prompt and response, as indices into the row."""
     home: Tensor
@@ -74,7 +76,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packing: Packing | Part | Tensor | None = None,
+    packing: Packing | Part | Tensor | str | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """Compute attention over packed tokens, as transformers' AttentionInterface calls it.
@@ -87,8 +89,8 @@ def packed_attention(
         attention_mask: Used for ordinary calls only.
         scaling: Factor on the products of queries and keys; None: 1/√D.
         packing: A Packing; a Part of rows that several processes compute; in a step of the sampler
-            a bias (B, 1, 1, T) over a cache, with B sequences in place of 1; None for an ordinary
-            call.
+            a bias (B, 1, 1, T) over a cache, with B sequences in place of 1; CAUSAL for plain rows
+            without a mask; None for an ordinary call.
         options: More of the layer's.
 
     Returns:
@@ -100,6 +102,8 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     front = before(module, key)
+    if isinstance(packing, str):
+        packing = attention_mask = None
     if packing is None:
         if front is not None:
             attention_mask = seen_behind(attention_mask, query, key, front[0].shape[2])
@@ -119,7 +123,8 @@ def packed_attention(
         return one_token_attention(query, key, value, packing, scaling), None
     if window is not None and window < packing.sequences.shape[1]:
         raise ValueError(f"packed attention has no sliding window, and this layer's is {window} tokens")
-    compute = in_rows if query.device.type != "cpu" or packing.short else span_by_span
+    in_spans = query.device.type == "cpu" and packing.spans and not packing.short
+    compute = span_by_span if in_spans else in_rows
     return compute(query, key, value, packing, scaling, front), None
 
 
@@ -229,14 +234,45 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     return out.reshape(B, 1, H, -1)  # the heads of values may be narrower than those of keys
 
 
-def trunk_options(rows: Rows) -> dict:
-    """Return what a model's forward takes for these rows, beside input_ids."""
+def trunk_options(rows: Rows, in_rows: bool = False) -> dict:
+    """Return what a model's forward takes for these rows, beside input_ids.
+
+    Args:
+        rows: The rows.
+        in_rows: Whether attention over packed rows is computed by `in_rows` on a CPU too: the same
+            operations whatever the lengths are, as compiled layers need.
+    """
     if rows.sequences is None:  # padded: position ids are the default, from 0 in each row
         return {"use_cache": False}
-    # A mask of four dimensions is final to transformers: it builds no (T, T) mask, unused here.
-    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.input_ids.device)
-    packing = Packing(rows.spans, rows.sequences, rows.home)
-    return {"position_ids": rows.position_ids, "attention_mask": no_mask, "use_cache": False, "packing": packing}
+    return {
+        "position_ids": rows.position_ids,
+        "attention_mask": no_mask(rows.input_ids.device),
+        "use_cache": False,
+        "packing": Packing(() if in_rows else rows.spans, rows.sequences, rows.home),
+    }
+
+
+def causal_options(model: nn.Module, ids: Tensor) -> dict:
+    """Return what a model's forward takes for rows without padding, beside input_ids.
+
+    Without a mask transformers would look at the position ids whether rows are packed, and wait for
+    the device.
+
+    Args:
+        model: A transformers model, adapted or not.
+        ids: (N, T).
+    """
+    if not reads_packed_rows(model) or has_short_window(unwrapped(model).config, ids.shape[1]):
+        return {"use_cache": False}
+    return {"attention_mask": no_mask(ids.device), "use_cache": False, "packing": CAUSAL}
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """Return a mask that says nothing.
+
+    One of four dimensions is final to transformers: it builds no (T, T) mask, unused here.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def can_pack(model: nn.Module, max_length: int) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from pipeline.errors import UserError
 from stages.models.activations import offload_activations
 from stages.models.adapters import AdapterSettings, is_adapted, load_on_trunk, share_frozen, unwrapped, with_adapter
+from stages.models.compiled import Compiling
 from stages.models.ensemble import load_ensemble
 from stages.models.ensemble_folder import How
 from stages.models.forward import head_is_linear
@@ -27,7 +28,12 @@ CACHED = 2**19  # numbers of hidden state; measured from 256 to 576 per token, t
 
 
 def make_on_device(
-    make: Callable[[], nn.Module], accelerator: Any, max_length: int, sharded: bool, layout: Layout | None = None
+    make: Callable[[], nn.Module],
+    accelerator: Any,
+    max_length: int,
+    sharded: bool,
+    layout: Layout | None = None,
+    compiling: Compiling | None = None,
 ) -> nn.Module:
     """Make a model and move it to where it computes, whole or as this process's shard.
 
@@ -37,6 +43,10 @@ def make_on_device(
         max_length: Longest row in tokens; decides whether the model can read packed rows.
         sharded: Whether each process keeps a shard; then all processes call this together.
         layout: When a sharded model's weights are freed, and where they lie; None: as `Layout()`.
+        compiling: Whether its layers are compiled; None: they are not.
+
+    Raises:
+        UserError: They have to be compiled, and cannot.
     """
 
     def prepared() -> nn.Module:
@@ -49,9 +59,12 @@ def make_on_device(
         return model
 
     if not sharded:
-        return prepared().to(accelerator.device)
-    model = make_on_rank_zero(prepared)
-    shard(model, accelerator.device, layout=layout)
+        model = prepared().to(accelerator.device)
+    else:
+        model = make_on_rank_zero(prepared)
+        shard(model, accelerator.device, layout=layout)
+    if compiling is not None:
+        compiling.apply(model, accelerator.autocast)
     return model
 
 
@@ -188,6 +201,8 @@ class RoleOptions:
     """Whether each process keeps a shard of every model; then no two roles share weights."""
     layout: Layout = field(default_factory=Layout)
     """What else is sharded or offloaded."""
+    compiling: Compiling | None = None
+    """Whether decoder layers are compiled; None: they are not."""
     policy_seed: int = 0
     """Seed of the policy's adapter."""
     value_seed: int = 0
@@ -214,7 +229,9 @@ def load_roles(folders: RoleFolders, accelerator: Any, adapter: AdapterSettings,
     def place(make: Callable[[], nn.Module]) -> nn.Module:
         # Shares with the models placed before, one at a time: the device never holds two trunks
         # more than it has to.
-        model = make_on_device(make, accelerator, options.max_length, options.sharded, options.layout)
+        model = make_on_device(
+            make, accelerator, options.max_length, options.sharded, options.layout, options.compiling
+        )
         if not options.sharded:
             share_frozen(model, placed)
         placed.append(model)

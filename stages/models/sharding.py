@@ -343,7 +343,10 @@ def publishable(model: nn.Module, reload: Callable[[], nn.Module] | None = None)
         model: The model.
         reload: Loads the model that it was made from; None: no frozen weights were cast.
     """
+    from stages.models.compiled import forget_compiled  # it imports this module
+
     compute_whole_rows(model)  # rank 0 tries what it publishes, alone
+    forget_compiled(model)  # with other rows, which would be compiled for, on the CPU
     if is_sharded(model):
         # On the CPU: a device that needs shards has no room for the whole model.
         inside = copy.deepcopy(model.skeleton).cpu()

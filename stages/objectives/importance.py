@@ -69,10 +69,11 @@ def importance_figures(weights: Tensor, is_outlier: Tensor, mask: Tensor, level:
     """
     if level == "sequence":  # each response once, however long it is
         weights, is_outlier, mask = weights[:, :1], is_outlier[:, :1], mask[:, :1]
-    counted = weights[mask]
-    return {
-        "sampling/importance_sampling_ratio/mean": counted.mean().item(),
-        "sampling/importance_sampling_ratio/min": counted.min().item(),
-        "sampling/importance_sampling_ratio/max": counted.max().item(),
-        "sampling/importance_sampling_outliers": masked_mean(is_outlier.float(), mask).item(),
+    infinity = float("inf")
+    figures = {
+        "sampling/importance_sampling_ratio/mean": masked_mean(weights, mask),
+        "sampling/importance_sampling_ratio/min": torch.where(mask, weights, infinity).min(),
+        "sampling/importance_sampling_ratio/max": torch.where(mask, weights, -infinity).max(),
+        "sampling/importance_sampling_outliers": masked_mean(is_outlier.float(), mask),
     }
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))

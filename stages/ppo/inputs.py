@@ -31,7 +31,7 @@ from stages.settings.reward_base import has_own_base, trunk_stage
 from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
-from stages.shared.runtime import Runtime, can_pack_rows, cut_rows_of
+from stages.shared.runtime import Runtime, can_pack_rows, compiling_of, cut_rows_of
 from stages.training.session import Session
 
 LONGEST = 2**16
@@ -250,6 +250,7 @@ def load_models(
         gradient_checkpointing=runtime.gradient_checkpointing,
         sharded=runtime.sharded,
         layout=runtime.layout,
+        compiling=compiling_of(runtime, session),
         policy_seed=derive_seed(session.seed, "policy"),
         value_seed=derive_seed(session.seed, "value"),
     )

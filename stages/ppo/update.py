@@ -1,30 +1,37 @@
 """Update policy and value model from one batch: PPO's gradients, ptx's gradient, steps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from data.groups import moved
 from data.streams import derive_seed
 from pipeline.launch import parallel
 from stages.models.adapters import trainable_parameters
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.roles import Roles
+from stages.models.sharding import whole
 from stages.objectives.losses import kl_loss, policy_loss, value_loss
+from stages.ppo.figures import OF_PTX
 from stages.ppo.options import UpdateOptions
 from stages.rollouts.rollout import Rollout
 from stages.training.batching import in_micro_batches, micro_batches, share_groups
+from stages.training.readings import Figure, detached, read_sums
 from stages.training.scaling import Scaling
 from stages.training.trainee import (
     Average,
+    DotProduct,
     Skips,
     Trainee,
-    gradient_cosine,
-    gradient_norm,
-    gradient_problem,
-    optimizer_step,
+    clipped_step,
+    cosine,
+    dot_product,
+    gradients_of,
+    norm_problem,
+    total_norm,
 )
 
 
@@ -112,23 +119,30 @@ def update(
     for epoch in range(options.epochs):
         for index in minibatches(options, step, epoch):
             scale = scaling.scale
-            figures = ppo_gradients(roles, batch, index, options)
-            figures["grad_norm/ppo"] = gradient_norm(policy.parameters.values()) / scale
+            parts = ppo_gradients(roles, batch, index, options)
+            norms = {"grad_norm/ppo": total_norm(gradients_of(policy.parameters.values()))}
+            ptx = None
             if next_texts is not None:
-                figures |= ptx_gradient(roles, policy, next_texts(options.ptx.rows), options, scale)
+                ptx = ptx_gradient(roles, policy, next_texts(options.ptx.rows), options)
+                parts, norms = parts + ptx.parts, norms | {"grad_norm/ptx": ptx.norm}
             if learners.value is not None:
-                figures["grad_norm/value"] = gradient_norm(learners.value.parameters.values()) / scale
+                norms["grad_norm/value"] = total_norm(gradients_of(learners.value.parameters.values()))
+            overflowed = scaling.overflow(trainees)
+            steps = [total_norm(gradients_of(trainee.parameters.values())) for trainee in trainees]
+            # Everything that the host has to know of the device is read here, at once.
+            figures, stepped = read(parts, norms, steps, ptx, scale)
             # both are checked before either steps: they step together or not at all
-            if overflowed := scaling.overflow(trainees):
+            checked = zip(trainees, stepped, strict=True)
+            if overflowed:
                 if problem := scaling.problem(step):
                     say(learners.skips.skip(problem))
-            elif problems := [problem for trainee in trainees if (problem := gradient_problem(trainee, step))]:
+            elif problems := [problem for trainee, norm in checked if (problem := norm_problem(trainee, norm, step))]:
                 for trainee in trainees:
                     trainee.zero_grad()
                 say(learners.skips.skip(problems[0]))
             else:
-                for trainee, rate in zip(trainees, (rates.policy, rates.value), strict=False):
-                    optimizer_step(trainee, rate, step)
+                for trainee, norm, rate in zip(trainees, steps, (rates.policy, rates.value), strict=False):
+                    clipped_step(trainee, norm, rate)
                 learners.average.step(policy)
             for key, figure in figures.items():
                 # the norms of gradients that have overflowed are no numbers: they are left out
@@ -137,6 +151,47 @@ def update(
                 counts[key] = counts.get(key, 0) + is_counted
     means = {key: total / counts[key] if counts[key] else math.nan for key, total in totals.items()}
     return means | scaling.figures()
+
+
+def read(
+    parts: Sequence[Mapping[str, Figure]],
+    norms: Mapping[str, Tensor],
+    steps: Sequence[Tensor],
+    ptx: "PtxGradient | None",
+    scale: float,
+) -> tuple[dict[str, float], list[float]]:
+    """Read all that is to be known of a minibatch before its step, from the device at once.
+
+    Args:
+        parts: The figures of this rank's micro-batches.
+        norms: Norms of gradients, by name.
+        steps: Norms of the gradients to step by, of each trainee.
+        ptx: The pretraining gradient; None for plain PPO.
+        scale: Factor of the losses, and so of the gradients, under float16. It is a power of two,
+            so that dividing norms by it is exact.
+
+    Returns:
+        The sums of the figures over all ranks' micro-batches, with the norms, and the cosine of
+        both gradients; and the norms to step by.
+    """
+    named = {name: whole(norm) for name, norm in norms.items()}
+    stepped = [whole(norm) for norm in steps]
+    product = [] if ptx is None else [named["grad_norm/ppo"] * named["grad_norm/ptx"], *ptx.dot.terms]
+    sums, numbers = read_sums(parts, *named.values(), *stepped, *product)
+    figures = parallel.all_reduce_figures(sums)
+    figures |= {name: numbers.pop(0) / scale for name in named}
+    if ptx is not None:
+        size, *terms = numbers[len(steps) :]
+        figures["grad_cosine"] = cosine(ptx.dot.sum(terms), size)
+    return {name: figures[name] for name in sorted(figures, key=place)}, numbers[: len(steps)]
+
+
+ORDER = ("grad_norm/ppo", *OF_PTX, "grad_norm/value")
+
+
+def place(name: str) -> int:
+    """Return where a figure stands in a line of metrics.jsonl, behind those of its losses."""
+    return 1 + ORDER.index(name) if name in ORDER else 0
 
 
 def minibatches(options: UpdateOptions, step: int, epoch: int) -> list[list[int]]:
@@ -156,7 +211,7 @@ def minibatches(options: UpdateOptions, step: int, epoch: int) -> list[list[int]
     return list(micro_batches(episodes, options.mini_batch_size))
 
 
-def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateOptions) -> dict[str, float]:
+def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateOptions) -> list[dict[str, Figure]]:
     """Accumulate the gradients of policy loss and value loss over one minibatch.
 
     Both losses are sums over the minibatch's tokens divided by their count, so neither the
@@ -169,18 +224,19 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         options: Micro-batch size, temperature and clipping.
 
     Returns:
-        Losses, ratio and clipped fractions of the minibatch.
+        Losses, ratio and clipped fractions, of each micro-batch of this rank: their sums are those
+        of the minibatch.
     """
     rollout, n = batch.rollout, options.group_size
     tokens = sum(len(rollout.responses[i]) for i in index)
-    figures: dict[str, float] = {}
+    figures: list[dict[str, Figure]] = []
     lengths = rollout.lengths()
     share = share_groups(lengths, index, n)
     chunks = in_micro_batches(lengths, share, n, options.micro_batch_size, roles.most_tokens())
     for chunk, is_own in parallel.padded_micro_batches(chunks, roles.spare()):
         rows = rollout.rows(chunk, roles.tokenizer.pad_token_id, roles.packed)
         mask = rows.response_mask
-        episodes = torch.tensor(chunk, device=rollout.mask.device)
+        episodes = moved({"episodes": torch.tensor(chunk)}, rollout.mask.device)["episodes"]
         old_logprobs, ref_logprobs, advantages = (
             x[episodes, : mask.shape[1]] for x in (rollout.logprobs, rollout.ref_logprobs, batch.advantages)
         )
@@ -209,16 +265,25 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
         found["policy/approxkl_avg"] = sums["approxkl"] / tokens
         if roles.value_model is not None:
             found["val/clipfrac_avg"] = v_sums["clipped"] / tokens
-        for key, figure in found.items():
-            figures[key] = figures.get(key, 0.0) + figure.item()
+        figures.append(detached(found))
     for model in roles.trained():
         parallel.all_reduce_gradients(trainable_parameters(model).values())
-    return parallel.all_reduce_figures(figures)
+    return figures
 
 
-def ptx_gradient(
-    roles: Roles, policy: Trainee, texts: list[list[int]], options: UpdateOptions, scale: float = 1.0
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class PtxGradient:
+    """What is to be read of the pretraining gradient; all of it is still on the device."""
+
+    parts: list[dict[str, Figure]]
+    """The loss, of each micro-batch of this rank."""
+    norm: Tensor
+    """Norm of the gradient that was added, as `total_norm` gives it."""
+    dot: DotProduct
+    """Its dot product with PPO's."""
+
+
+def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options: UpdateOptions) -> PtxGradient:
     """Add ptx_coef times the gradient of the pretraining loss to the policy's gradients.
 
     The loss is the mean cross-entropy a token over `texts`. It has a backward pass of its own, so
@@ -229,33 +294,28 @@ def ptx_gradient(
         policy: Holds PPO's gradients, and then the sums.
         texts: Pretraining rows of T tokens each.
         options: ptx_coef and micro-batch size.
-        scale: Factor of the losses under float16, which the backward pass multiplies by; the norm
-            is divided by it. It is a power of two, so that this is exact.
 
     Returns:
-        The loss, the norm of the added gradient, and its cosine to PPO's.
+        The loss, the norm of the added gradient, and its product with PPO's.
     """
     parameters = list(policy.parameters.values())
-    ppo_grads = [p.grad for p in parameters]
+    ppo_grads = gradients_of(parameters)
     for p in parameters:
         p.grad = None
-    tokens, total = len(texts) * (len(texts[0]) - 1), 0.0  # nothing predicts the first token of a row
+    tokens = len(texts) * (len(texts[0]) - 1)  # nothing predicts the first token of a row
+    parts: list[dict[str, Figure]] = []
     share = parallel.rows_of_this_rank(texts, [1] * len(texts))
     chunks = list(micro_batches(share, options.micro_batch_size))
     for chunk, is_own in parallel.padded_micro_batches(chunks, texts[:1] if roles.spare() else None):
-        ids = torch.tensor(chunk, device=roles.accelerator.device)
+        ids = moved({"ids": torch.tensor(chunk)}, roles.accelerator.device)["ids"]
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens
-        total += loss.item() if is_own else 0.0
+        if is_own:
+            parts.append(detached({"loss/ptx": loss}))
         roles.accelerator.backward(parallel.for_sum((options.ptx.coef if is_own else 0.0) * loss))
     parallel.all_reduce_gradients(parameters)
-    total = parallel.all_reduce_figures({"loss": total})["loss"]
-    ptx_grads = [p.grad for p in parameters]
-    figures = {
-        "loss/ptx": total,
-        "grad_norm/ptx": gradient_norm(parameters) / scale,
-        "grad_cosine": gradient_cosine(ppo_grads, ptx_grads),
-    }
+    ptx_grads = gradients_of(parameters)
+    found = PtxGradient(parts, total_norm(ptx_grads), dot_product(ppo_grads, ptx_grads))
     for p, ppo_grad, ptx_grad in zip(parameters, ppo_grads, ptx_grads, strict=True):
         if ppo_grad is None:
             p.grad = ptx_grad
@@ -263,4 +323,4 @@ def ptx_gradient(
             p.grad = ppo_grad
         else:
             p.grad = ppo_grad.add_(ptx_grad)
-    return figures
+    return found

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.groups import Rows
+from data.groups import Rows, moved
 from data.streams import derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
@@ -196,7 +196,7 @@ def run_models(
                 outputs |= {"logprobs": logprobs, "entropy": entropy}
             if not is_own:
                 continue  # a forward pass only to keep in step with ranks that have more micro-batches
-            episodes = torch.tensor(index, device=rollout.mask.device)
+            episodes = moved({"episodes": torch.tensor(index)}, rollout.mask.device)["episodes"]
             for name, x in outputs.items():
                 computed[name][episodes] = F.pad(x, (0, width - x.shape[1]))
             for name, x in scores.items():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.launch import parallel
+from stages.models.compiled import as_written
 from stages.models.forward import head_is_linear
 from stages.models.head import EXCLUDED, dot
 from stages.models.packing import reads_packed_rows
@@ -199,7 +200,7 @@ def sample_with_logprobs(
         chosen = order[start : start + decoding.batch_size]
         uniforms = torch.stack([_uniforms(seeds[i], decoding.response_length) for i in chosen]).to(model.device)
         lane = make_lane(model, [prompts[i] for i in chosen], decoding.response_length, decoding.pad_id)
-        with cast_once(model):
+        with cast_once(model), as_written(model):
             watch_rows = _watch_rows(chosen, watch)
             tokens, batch_logprobs, batch_entropy = _decode(lane, uniforms, decoding, poll, watch_rows, excluded)
         rows = torch.tensor(chosen, device=model.device)

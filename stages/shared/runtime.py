@@ -20,6 +20,7 @@ from stages.settings.reward_base import own_names
 
 if TYPE_CHECKING:  # a session is made with this module, and models load torch
     from stages.models.adapters import AdapterSettings
+    from stages.models.compiled import Compiling
     from stages.models.soft_prompts import SoftPrompt
     from stages.training.session import Session
 
@@ -47,6 +48,8 @@ class Runtime:
     """Whether the responses of a prompt share one row, in which the prompt is computed once."""
     layout: Layout = field(default_factory=Layout)
     """What else is sharded or offloaded while a model trains."""
+    compile: bool | None = False
+    """Whether decoder layers are compiled, as model.compile; None: on a GPU where they can be."""
 
     def load_options(self) -> dict[str, Any]:
         """Return the keyword arguments that `load_policy` and `new_reward_model` take from here."""
@@ -66,6 +69,7 @@ def runtime_of(ctx: StageRun) -> Runtime:
         gradient_checkpointing=model.gradient_checkpointing,
         trust_remote_code=ctx.trust_remote_code,
         layout=layout_of(ctx.experiment.launch, parallel.rank_and_world_size()[1]),
+        compile=model.compile,
     )
 
 
@@ -184,18 +188,34 @@ def bound_of_short_rows(config: dict) -> int | None:
     return min(bounds, default=None)
 
 
-def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int) -> Any:
+def compiling_of(runtime: Runtime, session: Session) -> Compiling | None:
+    """Return whether the decoder layers of rm, dpo and ppo are compiled; None if they are not.
+
+    Args:
+        runtime: How the stage computes.
+        session: The run, which says where they cannot be.
+    """
+    from stages.models.compiled import Compiling
+
+    together = parallel.arrangement().together > 1
+    if runtime.compile is False or (runtime.compile is None and (runtime.device != "cuda" or together)):
+        return None
+    return Compiling(bool(runtime.compile), session.say)
+
+
+def place_model(make: Callable[[], Any], runtime: Runtime, max_length: int, compiling: Compiling | None = None) -> Any:
     """Make a model that trains and move it to its device; with fsdp2, this rank's shard of it.
 
     Args:
         make: Returns the model, on the CPU.
         runtime: How the stage computes, with its accelerator.
         max_length: The longest row, in tokens.
+        compiling: Whether its layers are compiled; None: they are not.
     """
     from stages.models.activations import offload_activations
     from stages.models.roles import make_on_device
 
-    model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded, runtime.layout)
+    model = make_on_device(make, runtime.accelerator, max_length, runtime.sharded, runtime.layout, compiling)
     cut_rows_of(model)
     if runtime.gradient_checkpointing:
         model.activation_checkpointing_enable()

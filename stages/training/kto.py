@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.groups import PromptGroup, batch_groups
+from data.groups import PromptGroup, batch_groups, moved
 from data.labels import MismatchedGroups, judgements, mismatched
 from pipeline.launch import parallel
 from stages.models.forward import response_logprobs
@@ -24,6 +24,7 @@ from stages.objectives.losses import kto_loss
 from stages.settings.dpo import DPOSettings
 from stages.shared.runtime import Runtime
 from stages.training.batching import GroupBatches
+from stages.training.readings import Figure, Share
 from stages.training.reference import Reference
 
 FAIR_RATIO = (1.0, 4 / 3)
@@ -111,22 +112,26 @@ class KTO:
         batches = self.cut(MismatchedGroups(groups, pairs, self.config.max_length))
         parts, costs = batches.to_evaluate()
         spare = parts[0] if is_sharded(self.policy) else None
-        accelerator, total = self.runtime.accelerator, 0.0
+        accelerator, found = self.runtime.accelerator, []
         for rows, is_own in parallel.padded_micro_batches(parallel.rows_of_this_rank(parts, costs), spare):
             poll()
             laid = batch_groups([batches.groups[i] for i in rows], self.pad_id, packed=self.runtime.packed)
             laid = laid.to(accelerator.device)
             with accelerator.autocast():
                 logprobs = response_logprobs(self.policy, laid.rows)
-            logps = sequence_logps(logprobs, laid.rows.response_mask).cpu()
+            logps = sequence_logps(logprobs, laid.rows.response_mask)
             if is_own:
-                total += (logps - torch.cat([reference[pairs[i]] for i in rows])).double().sum().item()
+                found.append((logps, torch.cat([reference[pairs[i]] for i in rows])))
+        computed = torch.cat([logps for logps, _ in found]).cpu().split([len(logps) for logps, _ in found])
+        total = sum(
+            (logps - ref_logps).double().sum().item() for logps, (_, ref_logps) in zip(computed, found, strict=True)
+        )
         total = parallel.all_reduce_figures({"kl": total})["kl"]
         self.kl = max(0.0, total / sum(len(groups[i].responses) for i in batch))
 
     def share(
         self, groups: Sequence[PromptGroup], logps: Tensor, ref_logps: Tensor, whole: Marks
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Figure]]:
         """Compute the share of a micro-batch in the loss of its batch.
 
         Args:
@@ -139,20 +144,26 @@ class KTO:
             The loss, and trl's figures to sum over the batch.
         """
         found = judgements(groups)
-        rows = torch.tensor([row for row, _ in found], dtype=torch.long, device=logps.device)
-        is_good = torch.tensor([good for _, good in found], dtype=torch.bool, device=logps.device)
+        marks = {
+            "rows": torch.tensor([row for row, _ in found], dtype=torch.long),
+            "is_good": torch.tensor([good for _, good in found], dtype=torch.bool),
+        }
+        marks = moved(marks, logps.device)
+        rows, is_good = marks["rows"], marks["is_good"]
         weights = self.config.label_weights()
         ratios = (logps - ref_logps)[rows]
         value = kto_loss(ratios, is_good, self.kl, self.config.beta, *weights, whole.good + whole.bad)
-        figures = {"loss": value.item(), "kl": self.kl * len(found) / (whole.good + whole.bad)}
+        figures: dict[str, Figure] = {"loss": value, "kl": self.kl * len(found) / (whole.good + whole.bad)}
         rewards, logps = self.config.beta * ratios.detach(), logps.detach()[rows]
-        means = {}
+        means = []
         for name, mask, count in (("chosen", is_good, whole.good), ("rejected", ~is_good, whole.bad)):
             if count:
-                means[name] = rewards[mask].sum().item() / count
-                figures |= {f"rewards/{name}": means[name], f"logps/{name}": logps[mask].sum().item() / count}
+                reward = torch.where(mask, rewards, 0.0).sum()
+                means.append(reward / count)
+                figures[f"rewards/{name}"] = Share(reward, divisor=count)
+                figures[f"logps/{name}"] = Share(torch.where(mask, logps, 0.0).sum(), divisor=count)
         if len(means) == 2:
-            figures["rewards/margins"] = means["chosen"] - means["rejected"]
+            figures["rewards/margins"] = means[0] - means[1]
         return value, figures
 
 

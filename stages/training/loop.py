@@ -13,13 +13,14 @@ from torch import Tensor
 
 from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
-from stages.models.sharding import is_sharded
+from stages.models.sharding import is_sharded, whole
 from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
+from stages.training.readings import Figure, detached, read_sums
 from stages.training.scaling import Scaling, new_scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
-from stages.training.trainee import Trainee, optimizer_step, stop_training
+from stages.training.trainee import Trainee, clipped_step, gradients_of, norm_problem, stop_training, total_norm
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Task:
     """Tokens of each row, by index; batches are shared among the ranks by them."""
     cut: Callable[[list[int]], Iterable[list[int]]]
     """Rows of a batch on this rank → its micro-batches."""
-    loss: Callable[[list[int], Sequence[int]], tuple[Tensor, dict[str, float]]]
-    """(rows of a micro-batch, rows of the batch) → (share of the loss, figures to sum and log).
+    loss: Callable[[list[int], Sequence[int]], tuple[Tensor, dict[str, Figure]]]
+    """(rows of a micro-batch, rows of the batch) → (share of the loss, figures to sum and log,
+    which stay on the device).
 
     The shares of all micro-batches add up to the batch's loss, however it is cut."""
     evaluate: Callable[[Callable[[], None]], dict[str, float]]
@@ -123,9 +125,8 @@ def fit(
             step, began = step + 1, time.perf_counter()
             batch = task.order[(step - 1) * task.batch_size : step * task.batch_size]
             rate = schedule.rate_at(step)
-            logged = accumulate_gradients(accelerator, trainee, task, batch, is_sharded(trainee.model))
-            logged["grad_norm"] = scaled_step(trainee, scaling, rate, step)
-            logged |= scaling.figures()
+            parts = accumulate_gradients(accelerator, trainee, task, batch, is_sharded(trainee.model))
+            logged = read_and_step(trainee, scaling, parts, rate, step) | scaling.figures()
             tokens = sum(task.costs[i] for i in batch)
             session.tracker.log(first + step, logged | {"lr": rate}, time.perf_counter() - began, tokens)
             progress.update(first + step, **{k: v for k, v in logged.items() if k in ("loss", selection.judge)})
@@ -143,31 +144,45 @@ def fit(
     return {**figures, "best_step": best.step, "steps": step, **scaling.skips()}
 
 
-def scaled_step(trainee: Trainee, scaling: Scaling, learning_rate: float, step: int) -> float:
+def read_and_step(
+    trainee: Trainee, scaling: Scaling, parts: Sequence[dict[str, Figure]], learning_rate: float, step: int
+) -> dict[str, float]:
     """Take an optimizer step, or skip it if its gradient overflows float16.
+
+    The device is read once, before the step (with float16, the scaler reads it too).
 
     Args:
         trainee: The model, with its gradient.
         scaling: How the loss was scaled.
+        parts: The figures of this rank's micro-batches.
         learning_rate: The rate of this step.
         step: The step's index, for the error line.
 
     Returns:
-        The gradient's norm before clipping; NaN of a step that was skipped.
+        The sums of the figures over the batch, and `grad_norm`: the gradient's norm before
+        clipping; NaN of a step that was skipped.
 
     Raises:
         TrainingStopped: The gradient is not finite, at any scale; no step is taken.
     """
-    if not scaling.overflow([trainee]):
-        return optimizer_step(trainee, learning_rate, step)
-    if problem := scaling.problem(step):
-        stop_training(f"{trainee.name}: {problem}")
-    return math.nan
+    overflowed = scaling.overflow([trainee])
+    norm = total_norm(gradients_of(trainee.parameters.values()))
+    figures, (number,) = read_sums(parts, whole(norm))
+    figures = parallel.all_reduce_figures(figures)
+    if overflowed:
+        if problem := scaling.problem(step):
+            stop_training(f"{trainee.name}: {problem}")
+        return figures | {"grad_norm": math.nan}
+    if problem := norm_problem(trainee, number, step):
+        trainee.zero_grad()
+        stop_training(problem)
+    clipped_step(trainee, norm, learning_rate)
+    return figures | {"grad_norm": number}
 
 
 def accumulate_gradients(
     accelerator: Any, trainee: Trainee, task: Task, batch: Sequence[int], collective: bool
-) -> dict[str, float]:
+) -> list[dict[str, Figure]]:
     """Compute the gradient of a batch's loss, micro-batch by micro-batch, summed over all ranks.
 
     Args:
@@ -178,9 +193,9 @@ def accumulate_gradients(
         collective: Whether every forward and backward pass takes all ranks (sharded weights).
 
     Returns:
-        The sums of the loss's figures over the batch.
+        The loss's figures of each micro-batch of this rank.
     """
-    figures: dict[str, float] = {}
+    figures: list[dict[str, Figure]] = []
     if task.prepare is not None:
         task.prepare(batch)
     parts = list(task.cut(parallel.rows_of_this_rank(batch, [task.costs[i] for i in batch])))
@@ -190,8 +205,7 @@ def accumulate_gradients(
         share, sums = task.loss(rows, batch)
         accelerator.backward(parallel.for_sum(share if own else 0.0 * share))
         if own:
-            for key, value in sums.items():
-                figures[key] = figures.get(key, 0.0) + value
+            figures.append(detached(sums))
     # Once a step: reducing at every micro-batch would send the same bytes many times.
     parallel.all_reduce_gradients(trainee.parameters.values())
-    return parallel.all_reduce_figures(figures)
+    return figures

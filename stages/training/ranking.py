@@ -19,6 +19,7 @@ from stages.settings.rm import RMSettings
 from stages.shared.runtime import Runtime
 from stages.training.batching import GroupBatches
 from stages.training.loop import Task
+from stages.training.readings import Figure, Share, read_sums
 from stages.training.ties import TieModel
 
 
@@ -43,7 +44,7 @@ class RankingModel:
 
     def loss(
         self, config: RMSettings, groups: Sequence[PromptGroup], batch: GroupBatch, scores: Tensor, prompts: int
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Figure]]:
         """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
 
         Args:
@@ -88,16 +89,16 @@ def ranking_task(
 
     paired = has_pair(groups)  # a prompt with ties only has no accuracy
 
-    def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(rows: list[int], whole: Sequence[int]) -> tuple[Tensor, dict[str, Figure]]:
         members = [groups[i] for i in rows]
         batch, scores = ranker.scores(members)
         value, figures = ranker.loss(config, members, batch, scores, len(whole))
         margins = (scores[batch.winners] - scores[batch.losers]).detach()
         weight = sum(paired[i] for i in rows) / max(1, sum(paired[i] for i in whole))
         return value, {
-            "loss": value.item(),
-            "accuracy": weight * batch.mean((margins > 0).float()),
-            "margin": weight * batch.mean(margins),
+            "loss": value,
+            "accuracy": Share(batch.mean((margins > 0).float()), weight),
+            "margin": Share(batch.mean(margins), weight),
             **figures,
         }
 
@@ -184,9 +185,9 @@ def evaluate(
         poll()
         members = [held[i] for i in rows]
         batch, scores = ranker.scores(members)
-        margins = (scores[batch.winners] - scores[batch.losers]).tolist()
         value, figures = ranker.loss(config, members, batch, scores, len(held))
-        return margins, value.item(), figures
+        sums, (loss,) = read_sums([figures], value)
+        return (scores[batch.winners] - scores[batch.losers]).tolist(), loss, sums
 
     def evaluate_own(own: list[list[int]]) -> list[tuple[list[float], float, dict[str, float]]]:
         results = []

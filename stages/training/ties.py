@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from data.group_rows import most_tied
-from data.groups import PromptGroup
+from data.groups import PromptGroup, moved
 from data.ties import compare, judged_ties, ranked_once, tiers
 from stages.models.sharding import local_shard, replicate_beside
 from stages.objectives.ties import davidson_logprobs, davidson_loss, davidson_luce_logprobs, davidson_luce_loss
 from stages.settings.training import TIE_LOSSES, PreferenceTraining
+from stages.training.readings import Figure, Share
 
 NAME = "ties.log_strengths"
 """Name of the learned parameter in checkpoints."""
@@ -48,7 +49,7 @@ class TieModel:
 
     def loss(
         self, groups: Sequence[PromptGroup], utilities: Tensor, prompts: int, by_choices: bool = False
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Figure]]:
         """Compute the loss of a micro-batch, divided by the prompts of the whole batch.
 
         Args:
@@ -61,13 +62,15 @@ class TieModel:
             The loss, and figures to sum over the batch: `ties`, the share of a prompt's
             comparisons that are ties, and `ties_expected`, their probability under the model.
         """
-        said = compare(groups, by_choices=by_choices).to(utilities.device)
+        compared = compare(groups, by_choices=by_choices)
+        said = compared.to(utilities.device)
         if self.loss_type == "davidson":
             pairs = (said.first, said.second, said.tied)
             value = davidson_loss(utilities, *pairs, said.pair_weights, self.here[0], prompts)
             with torch.no_grad():
                 _, tie = davidson_logprobs(utilities[said.first] - utilities[said.second], self.here[0])
-                shares, is_tie, expected = pair_shares(said.first, utilities, groups), said.tied, tie.exp()
+                shares = moved({"shares": pair_shares(compared.first, groups)}, utilities.device)["shares"]
+                is_tie, expected = said.tied, tie.exp()
         else:
             choices = (said.alternatives, said.is_open, said.chosen)
             value = davidson_luce_loss(utilities, *choices, said.choice_weights, self.here, prompts)
@@ -75,8 +78,8 @@ class TieModel:
                 _, single = davidson_luce_logprobs(utilities, *choices, self.here)
                 shares, is_tie, expected = said.choice_shares, said.chosen.sum(1) > 1, -torch.expm1(single)
         return value, {
-            "ties": (shares * is_tie).sum().item() / prompts,
-            "ties_expected": (shares * expected).sum().item() / prompts,
+            "ties": Share((shares * is_tie).sum(), divisor=prompts),
+            "ties_expected": Share((shares * expected).sum(), divisor=prompts),
         }
 
     def figures(self) -> dict[str, float]:
@@ -88,16 +91,15 @@ class TieModel:
         return {"tie_strengths": self.here.detach().exp().tolist()}
 
 
-def pair_shares(first: Tensor, utilities: Tensor, groups: Sequence[PromptGroup]) -> Tensor:
-    """Return the share of each pair among the judged pairs of its group, (P,).
+def pair_shares(first: Tensor, groups: Sequence[PromptGroup]) -> Tensor:
+    """Return the share of each pair among the judged pairs of its group, (P,), on the CPU.
 
     Args:
-        first: Row of a response of each pair, (P,).
-        utilities: Of all responses; only their device counts.
+        first: Row of a response of each pair, (P,), on the CPU.
         groups: The groups whose responses the rows are, in order.
     """
-    sizes = torch.tensor([len(group.responses) for group in groups], device=utilities.device)
-    owner = torch.repeat_interleave(torch.arange(len(groups), device=utilities.device), sizes)[first]
+    sizes = torch.tensor([len(group.responses) for group in groups])
+    owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)[first]
     return 1.0 / torch.bincount(owner, minlength=len(groups))[owner]
 
 

@@ -15,7 +15,7 @@ from stages.models.adalora import adamw_for
 from stages.models.adapters import trainable_parameters, unwrapped
 from stages.models.layout import Layout
 from stages.models.loading import score_head
-from stages.models.sharding import free_gathered, local_shard, shard_like, to_float
+from stages.models.sharding import free_gathered, local_shard, shard_like, to_float, whole
 from stages.objectives.control import update_average
 from stages.training.stand_ins import StandIns, stand_in
 
@@ -137,41 +137,77 @@ def parameter_groups(model: nn.Module, names: Iterable[str], count: int) -> list
     return [[n for n in names if n in decays], [n for n in names if n not in decays]]
 
 
+def total_norm(grads: Iterable[Tensor | None]) -> Tensor:
+    """Return ‖g‖₂ of gradients, on their device; of sharded ones it is distributed as they are.
+
+    Args:
+        grads: A gradient for each parameter; None means 0.
+    """
+    return torch.nn.utils.get_total_norm([g for g in grads if g is not None] or [torch.zeros(1)])
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """Return the gradient of each parameter; None where it has none."""
+    return [p.grad for p in parameters]
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """Return ‖g‖₂ over all parameters that have a gradient; 0 if none has."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return to_float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    return to_float(total_norm(gradients_of(parameters)))
 
 
-def gradient_cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
-    """Return the cosine between two lists of gradients; 0 where one of them vanishes.
+@dataclass(frozen=True)
+class DotProduct:
+    """The dot product of two lists of gradients, still on the device."""
+
+    terms: list[Tensor]
+    """The product of each pair, a scalar."""
+    is_share: bool
+    """Whether each rank has the products of its shards only."""
+
+    def sum(self, terms: Sequence[float]) -> float:
+        """Return the product over all ranks; they call this together.
+
+        Args:
+            terms: What was read of `self.terms`.
+        """
+        dot = sum(terms)
+        return parallel.all_reduce_figures({"dot": dot})["dot"] if self.is_share else dot
+
+
+def dot_product(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> DotProduct:
+    """Multiply two lists of gradients, pair by pair.
 
     Args:
         one: A gradient for each parameter; None means 0.
         other: Gradients of the same parameters, in the same order.
     """
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    if pairs and parallel.arrangement().weights is not None:
+    if parallel.arrangement().weights is not None:
         # Shares of some weights, and copies of others: DTensor knows what is summed once.
-        dot = sum(to_float((a.float() * b.float()).sum()) for a, b in pairs)
-        return _cosine(dot, one, other)
+        return DotProduct([whole((a.float() * b.float()).sum()) for a, b in pairs], is_share=False)
     shards = [(local_shard(a).flatten().float(), local_shard(b).flatten().float()) for a, b in pairs]
-    dot = sum(float(torch.dot(a, b)) for a, b in shards)
-    if any(isinstance(a, DTensor) for a, _ in pairs):  # each rank has multiplied its shard only
-        dot = parallel.all_reduce_figures({"dot": dot})["dot"]
-    return _cosine(dot, one, other)
+    return DotProduct([torch.dot(a, b) for a, b in shards], any(isinstance(a, DTensor) for a, _ in pairs))
 
 
-def _cosine(dot: float, one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
-    """Return a dot product of two lists of gradients over their norms; 0 where one vanishes."""
-    norms = [torch.nn.utils.get_total_norm([g for g in gs if g is not None] or [torch.zeros(1)]) for gs in (one, other)]
-    size = to_float(norms[0] * norms[1])
+def cosine(dot: float, size: float) -> float:
+    """Return the cosine of two gradients; 0 where one of them vanishes.
+
+    Args:
+        dot: Their dot product.
+        size: The product of their norms.
+    """
     return dot / size if size > 0 else 0.0
 
 
-def gradient_problem(trainee: Trainee, step: int) -> str | None:
-    """Return what is wrong with a gradient that is not finite, in words; None if it is finite."""
-    norm = gradient_norm(trainee.parameters.values())
+def norm_problem(trainee: Trainee, norm: float, step: int) -> str | None:
+    """Return what is wrong with a gradient that is not finite, in words; None if it is finite.
+
+    Args:
+        trainee: The model.
+        norm: Norm of its gradient.
+        step: The step's index.
+    """
     return None if math.isfinite(norm) else f"{trainee.name}: the gradient at step {step} is {norm}"
 
 
@@ -197,11 +233,24 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
     Raises:
         TrainingStopped: The gradient is not finite; no step is taken.
     """
-    if problem := gradient_problem(trainee, step):
+    norm = total_norm(gradients_of(trainee.parameters.values()))
+    number = to_float(norm)
+    if problem := norm_problem(trainee, number, step):
         trainee.zero_grad()
         stop_training(problem)
-    # It returns the norm before clipping, over the shards of all ranks.
-    norm = to_float(torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), trainee.max_grad_norm))
+    clipped_step(trainee, norm, learning_rate)
+    return number
+
+
+def clipped_step(trainee: Trainee, norm: Tensor, learning_rate: float) -> None:
+    """Clip a finite gradient, take an optimizer step and clear the gradient.
+
+    Args:
+        trainee: The model, with its gradient.
+        norm: The gradient's norm, as `total_norm` gives it.
+        learning_rate: The rate of this step.
+    """
+    torch.nn.utils.clip_grads_with_norm_(trainee.parameters.values(), trainee.max_grad_norm, norm)
     # No scheduler: the rate depends on the step only, so a resumed run has no state to restore.
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -213,7 +262,6 @@ def optimizer_step(trainee: Trainee, learning_rate: float, step: int) -> float:
             new = trainee.parameters[name]
             new.copy_(old + trainee.rate_factors[name] * (new - old))
     trainee.zero_grad()
-    return norm
 
 
 @dataclass

@@ -49,8 +49,9 @@ from stages.models.sharding import (
 from stages.models.soft_prompts import SoftPrompt
 from stages.tools import memory_step
 from stages.training.checkpoint import shard_optimizer_tensors
-from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
+from stages.training.trainee import gradient_norm, make_trainee, optimizer_step
 from tests.counted import Held
+from tests.gradients import gradient_cosine
 from tests.together import together
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]

@@ -24,7 +24,8 @@ from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
 from stages.models.sharding import gather_tensors, gathered, is_sharded, publishable, shard, shard_like
-from stages.training.trainee import gradient_cosine, gradient_norm, make_trainee, optimizer_step
+from stages.training.trainee import gradient_norm, make_trainee, optimizer_step
+from tests.gradients import gradient_cosine
 from tests.together import together
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8]]

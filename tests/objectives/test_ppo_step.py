@@ -23,13 +23,14 @@ from stages.ppo.figures import describe, not_finite_episodes
 from stages.ppo.options import Correction, UpdateOptions, update_options
 from stages.ppo.run import correct
 from stages.ppo.sampling import preflight
-from stages.ppo.update import Batch, Learners, Rates, minibatches, ppo_gradients, ptx_gradient, update
+from stages.ppo.update import Batch, Learners, Rates, minibatches, ppo_gradients, ptx_gradient, read, update
 from stages.rollouts import transformers
 from stages.rollouts.collect import reference_logprobs
 from stages.rollouts.engine import EngineLost, Sampled
 from stages.settings import ppo as ppo_settings
 from stages.settings.rollout import RolloutSettings
-from stages.training.trainee import Average, Skips, make_trainee
+from stages.training.readings import read_sums
+from stages.training.trainee import Average, Skips, gradients_of, make_trainee, total_norm
 from tests.builders import EOS, PAD, build, tiny_config
 from tests.ppo_sampler import SEED, drawn, sampler_of
 
@@ -135,6 +136,13 @@ def text_rows():
     return torch.randint(2, VOCAB, (4, 9), generator=torch.Generator().manual_seed(5)).tolist()
 
 
+def ptx_figures(roles, trainee, text_rows, how) -> dict[str, float]:
+    """Add the pretraining gradient to PPO's, and return what is read of it."""
+    before = {"grad_norm/ppo": total_norm(gradients_of(trainee.parameters.values()))}
+    ptx = ptx_gradient(roles, trainee, text_rows, how)
+    return read(ptx.parts, before | {"grad_norm/ptx": ptx.norm}, [], ptx, 1.0)[0]
+
+
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -204,7 +212,7 @@ class TestRollout:
 class TestGradient:
     def test_at_the_first_minibatch_the_ratio_is_one(self, roles, rollout, targets):
         """Rollout and update use the same forward pass, so approxkl is 0 and nothing is clipped."""
-        figures = ppo_gradients(roles, Batch(rollout, *targets), [6, 1, 3, 0], options())
+        figures, _ = read_sums(ppo_gradients(roles, Batch(rollout, *targets), [6, 1, 3, 0], options()))
         assert figures["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert figures["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-10)
         assert figures["policy/clipfrac_avg"] == 0 and figures["val/clipfrac_avg"] == 0
@@ -212,7 +220,7 @@ class TestGradient:
     def test_is_that_of_the_equations_over_single_rows(self, roles, rollout, targets):
         """Policy: −(1/N) Σ A_t log π at ratio 1. Value: ½(1/N) Σ (V − G)². With plain models."""
         mini = [6, 1, 3, 0]
-        figures = ppo_gradients(roles, Batch(rollout, *targets), mini, options())
+        figures, _ = read_sums(ppo_gradients(roles, Batch(rollout, *targets), mini, options()))
         found = gradients(roles.policy), gradients(roles.value_model)
         clear(roles.policy, roles.value_model)
         advantages, returns = targets
@@ -241,7 +249,7 @@ class TestGradient:
         for micro in (8, size):
             clear(roles.policy, roles.value_model)
             how = options(per_device_train_batch_size=micro)
-            figures = ppo_gradients(roles, Batch(rollout, *targets), list(range(8)), how)
+            figures, _ = read_sums(ppo_gradients(roles, Batch(rollout, *targets), list(range(8)), how))
             results.append((figures, gradients(roles.policy), gradients(roles.value_model)))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
         assert abs(results[0][0]["val/ratio"] - 1) > 1e-3
@@ -299,7 +307,7 @@ class TestPtx:
     ):
         """InstructGPT's eq. 2: γ times the mean cross-entropy a token, at any micro-batch size."""
         how = options(ptx_coef=3.0, per_device_train_batch_size=micro)
-        figures = ptx_gradient(roles, trainees[0], text_rows, how)
+        figures = ptx_figures(roles, trainees[0], text_rows, how)
         loss, ptx = self.language_model(roles, text_rows)
         assert_close(gradients(roles.policy), {n: alone[n] + 3.0 * ptx[n] for n in alone})
         assert figures["loss/ptx"] == pytest.approx(loss, rel=1e-5)
@@ -309,7 +317,7 @@ class TestPtx:
         assert figures["grad_cosine"] == pytest.approx(cosine, rel=1e-3, abs=1e-5) and abs(cosine) > 1e-3
 
     def test_coefficient_zero_leaves_exactly_the_ppo_gradient(self, roles, trainees, alone, text_rows):
-        figures = ptx_gradient(roles, trainees[0], text_rows, options(ptx_coef=0.0))
+        figures = ptx_figures(roles, trainees[0], text_rows, options(ptx_coef=0.0))
         assert_close(gradients(roles.policy), alone, rtol=0, atol=0)
         assert figures["grad_norm/ptx"] == 0.0
 
@@ -404,7 +412,7 @@ class TestUpdate:
     def test_every_epoch_takes_one_step_a_minibatch_over_every_row_once(self, roles, rollout, targets, monkeypatch):
         """8 episodes, minibatches of 2, 3 epochs: 12 steps of each optimizer."""
         seen, taken = [], []
-        true_gradients, true_step = ppo_update.ppo_gradients, ppo_update.optimizer_step
+        true_gradients, true_step = ppo_update.ppo_gradients, ppo_update.clipped_step
 
         def note_gradients(roles, batch, index, how):
             seen.append(index)
@@ -415,7 +423,7 @@ class TestUpdate:
             return true_step(trainee, *rest)
 
         monkeypatch.setattr(ppo_update, "ppo_gradients", note_gradients)
-        monkeypatch.setattr(ppo_update, "optimizer_step", note_step)
+        monkeypatch.setattr(ppo_update, "clipped_step", note_step)
         self.run(roles, rollout, targets, None, mini_batch_size=2, num_ppo_epochs=3)
         assert taken == ["policy", "value_model"] * 12
         epochs = [list(chain(*seen[4 * e : 4 * e + 4])) for e in range(3)]

@@ -81,10 +81,10 @@ class Real:
         """Accumulate the PPO and ptx gradients of one minibatch; return their figures."""
         from stages.models.roles import Roles
         from stages.ppo.options import update_options
-        from stages.ppo.update import Batch, ppo_gradients, ptx_gradient
+        from stages.ppo.update import Batch, ppo_gradients, ptx_gradient, read
         from stages.rollouts.rollout import Rollout
         from stages.settings.ppo import PPOSettings
-        from stages.training.trainee import make_trainee
+        from stages.training.trainee import gradients_of, make_trainee, total_norm
 
         config = PPOSettings(
             total_episodes=4,
@@ -112,8 +112,10 @@ class Real:
         )
         trainee = make_trainee("policy", policy, learning_rate=1e-2, max_grad_norm=1e9)
         batch = Batch(rollout, episodes.advantages, episodes.returns)
-        figures = ppo_gradients(roles, batch, [0, 1, 2, 3], options)
-        return figures | ptx_gradient(roles, trainee, [row["input_ids"] for row in rows], options)
+        parts = ppo_gradients(roles, batch, [0, 1, 2, 3], options)
+        norms = {"grad_norm/ppo": total_norm(gradients_of(trainee.parameters.values()))}
+        ptx = ptx_gradient(roles, trainee, [row["input_ids"] for row in rows], options)
+        return read(parts + ptx.parts, norms | {"grad_norm/ptx": ptx.norm}, [], ptx, 1.0)[0]
 
 
 def scalar_model(model) -> minimal.ScalarModel:

@@ -11,7 +11,7 @@ from pipeline.errors import TrainingStopped, UserError
 from stages.models import precision
 from stages.models.loading import load_policy, load_scalar_model
 from stages.shared.runtime import make_accelerator
-from stages.training.loop import scaled_step
+from stages.training.loop import read_and_step
 from stages.training.scaling import Scaling, new_scaling
 from stages.training.trainee import make_trainee
 from tests.stages.micro_chain import MicroChain, spy
@@ -45,6 +45,11 @@ def state_of(trainee):
     return weights, moments
 
 
+def norm_of_step(trainee, scaling, step) -> float:
+    """Take a step without figures, at a rate of 0.1."""
+    return read_and_step(trainee, scaling, [], 0.1, step)["grad_norm"]
+
+
 def assert_same(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -52,11 +57,11 @@ def assert_same(one, other):
 def test_an_overflow_changes_nothing_but_halves_the_scale(accelerator):
     scaling, trainee = new_scaling(accelerator), trainee_of()
     differentiate(accelerator, trainee, 0.5)
-    norm = scaled_step(trainee, scaling, 0.1, 1)
+    norm = norm_of_step(trainee, scaling, 1)
     assert norm == pytest.approx(0.5 * math.sqrt(5))  # of the unscaled gradient: 0.5 for each of five weights
     before = state_of(trainee)
     differentiate(accelerator, trainee, 4.0)
-    assert math.isnan(scaled_step(trainee, scaling, 0.1, 2))
+    assert math.isnan(norm_of_step(trainee, scaling, 2))
     assert_same(state_of(trainee), before)
     assert all(p.grad is None for p in trainee.parameters.values())
     assert scaling.figures() == {"grad_scale": 2.0**15, "steps_skipped_by_scaler": 1}
@@ -67,7 +72,7 @@ def test_the_scale_doubles_after_steps_without_an_overflow(accelerator):
     scales = []
     for step in range(1, 6):
         differentiate(accelerator, trainee, 0.5)
-        scaled_step(trainee, scaling, 0.1, step)
+        norm_of_step(trainee, scaling, step)
         scales.append(scaling.scale)
     assert scales == [2.0**16, 2.0**17, 2.0**16, 2.0**16, 2.0**17]  # half of 2¹⁷ overflows: no third step
     assert scaling.skipped == 1
@@ -89,18 +94,18 @@ def test_below_a_scale_of_one_it_is_a_gradient_that_is_not_finite(accelerator):
     scaling, trainee = new_scaling(accelerator), trainee_of()
     for step in range(1, 17):
         differentiate(accelerator, trainee, math.inf)
-        assert math.isnan(scaled_step(trainee, scaling, 0.1, step))
+        assert math.isnan(norm_of_step(trainee, scaling, step))
     assert scaling.scale == 1
     differentiate(accelerator, trainee, math.inf)
     with pytest.raises(TrainingStopped, match="model: the gradient at step 17 is not finite in float16"):
-        scaled_step(trainee, scaling, 0.1, 17)
+        norm_of_step(trainee, scaling, 17)
 
 
 def test_it_continues_from_its_state(accelerator):
     scaling, trainee = new_scaling(accelerator), trainee_of()
     for step, factor in enumerate((4.0, 0.5)):
         differentiate(accelerator, trainee, factor)
-        scaled_step(trainee, scaling, 0.1, step)
+        norm_of_step(trainee, scaling, step)
     saved = scaling.state()
     again = new_scaling(accelerator)
     assert again.scale == 2.0**16
@@ -159,7 +164,7 @@ def test_ppo_averages_only_the_gradients_that_it_stepped_with(chain, tmp_path, m
     from stages.ppo import update
 
     monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**16)
-    steps = spy(monkeypatch, update, "optimizer_step")
+    steps = spy(monkeypatch, update, "clipped_step")
     settings = [word for words in SHORT["ppo"] for word in words.split()]
     done = chain.run("ppo", tmp_path / "run", *settings, "ppo.mini_batch_size=2", "model.dtype=float16")
     first = done.rows("metrics.jsonl")[0]
