@@ -409,10 +409,8 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
         folder = store.folder(name) / f".tmp-process-{peers.rank}"
         files.remove(folder)
         folder.mkdir()
+        saved = checkpoints_of(experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"])
         try:
-            saved = checkpoints_of(
-                experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"]
-            )
             set_seeds(experiment.seed, name)
             context: StageRun = StageRun(
                 publish=folder,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -264,9 +265,13 @@ def check_full_disk(folder, failing):
     assert len(step_folders(folder)) == 2
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_full_disk_ends_the_run_at_the_next_step(failing, tmp_path):
-    together(2, check_full_disk, tmp_path, failing)
+def check_full_disks(folder):
+    for failing in (0, 1):
+        check_full_disk(folder / str(failing), failing)
+
+
+def test_a_full_disk_ends_the_run_at_the_next_step(tmp_path):
+    together(2, check_full_disks, tmp_path)
 
 
 def check_folder_of_its_own(folder):
@@ -290,21 +295,22 @@ def check_damage(folder):
     dist.barrier()
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped", "stray"])
-def test_a_damaged_share_is_set_aside(damage, tmp_path):
-    together(2, check_damage, tmp_path)
-    path = tmp_path / "step-00000003" / "model_optimizer-00001-of-00002.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    if damage == "missing":
-        path.unlink()
-    elif damage == "flipped":
-        path.write_bytes(content)
-    else:
-        path.with_name("model_optimizer-00002-of-00003.safetensors").write_bytes(content)
-    lines = []
-    found = CheckpointStore(tmp_path, 1, 2, "run", say=lines.append).newest()
-    assert found.step == 2 and found.state["n"] == 2 and "set aside" in lines[0]
+def test_a_damaged_share_is_set_aside(tmp_path):
+    together(2, check_damage, tmp_path / "made")
+    for damage in ("missing", "flipped", "stray"):
+        shutil.copytree(tmp_path / "made", tmp_path / damage)
+        path = tmp_path / damage / "step-00000003" / "model_optimizer-00001-of-00002.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        if damage == "missing":
+            path.unlink()
+        elif damage == "flipped":
+            path.write_bytes(content)
+        else:
+            path.with_name("model_optimizer-00002-of-00003.safetensors").write_bytes(content)
+        lines = []
+        found = CheckpointStore(tmp_path / damage, 1, 2, "run", say=lines.append).newest()
+        assert found.step == 2 and found.state["n"] == 2 and "set aside" in lines[0], damage
 
 
 def test_shares_that_do_not_add_up_are_refused(tmp_path):
