@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,18 @@ class SharedSave:
         seen, since = -1, time.monotonic()
         while self._thread.is_alive() and time.monotonic() - since < STALLED:
             self._thread.join(PAUSE)
-            size = sum(path.stat().st_size for path in self.staged.glob("*")) if self.staged.is_dir() else 0
+            size = self._bytes_written()
             if size != seen or not self._written.is_set():
                 seen, since = size, time.monotonic()
         self.give_up()
+
+    def _bytes_written(self) -> int:
+        """Return how much all have written so far; 0 once the folder has its final name."""
+        size = 0
+        with suppress(OSError):  # the thread renames the folder and removes files meanwhile
+            for path in self.staged.glob("*"):
+                size += path.stat().st_size
+        return size
 
     def _run(self) -> None:
         try:
