@@ -55,7 +55,7 @@ def whole_runs(shape: Sequence[int]) -> Runs:
 
 def split_runs(runs: Runs) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """Yield where each block of a share begins in the whole tensor, and its place in the share."""
-    placed = []
+    placed: list[list[tuple[int, slice]]] = []
     for ranges in runs:
         starts = [sum(stop - start for start, stop in ranges[:i]) for i in range(len(ranges))]
         placed.append([(start, slice(at, at + stop - start)) for (start, stop), at in zip(ranges, starts, strict=True)])
@@ -77,7 +77,8 @@ def write_shares(path: Path, shares: dict[str, Share]) -> None:
     """
     from safetensors.torch import save_file
 
-    blocks, shapes = {}, {}
+    blocks: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
     for name, share in shares.items():
         for offset, block in share.blocks:
             blocks[f"{name}[{','.join(map(str, offset))}]"] = block
@@ -132,7 +133,8 @@ def _overlap(
     start: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[slice, ...] | None, tuple[slice, ...]]:
     """Return which part of a stored block lies in a wanted one, and where there; None: no part."""
-    inside, into = [], []
+    inside: list[slice] = []
+    into: list[slice] = []
     for a, n, b, m in zip(start, size, offset, shape, strict=True):
         first, last = max(a, b), min(a + n, b + m)
         if first >= last:
@@ -160,21 +162,21 @@ def open_group(folder: Path, group: str) -> dict[str, StoredTensor]:
     from safetensors import safe_open
 
     paths = _shares_of(folder, group) or [folder / f"{group}.safetensors"]
-    blocks: dict[str, list] = {}
+    blocks: dict[str, list[tuple[Any, str, tuple[int, ...], tuple[int, ...]]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         file = safe_open(path, framework="pt")
         recorded = json.loads((file.metadata() or {}).get("shapes", "null"))
         for key in file.keys():  # noqa: SIM118 - not a dict
-            shape, name, offset = tuple(file.get_slice(key).get_shape()), key, None
+            shape = tuple(file.get_slice(key).get_shape())
+            name, offset, whole = key, (0,) * len(shape), shape
             if recorded is not None:
                 match = KEY.fullmatch(key)
                 assert match is not None, f"{path}: {key} names no offset"
                 name, offset = match[1], tuple(int(i) for i in match[2].split(",") if i)
-                shapes[name] = tuple(recorded[name])
-            else:
-                shapes[name] = shape
-            blocks.setdefault(name, []).append((file, key, offset or (0,) * len(shape), shape))
+                whole = tuple(recorded[name])
+            shapes[name] = whole
+            blocks.setdefault(name, []).append((file, key, offset, shape))
     for name, shape in shapes.items():
         stored = sum(math.prod(size) for *_, size in blocks[name])
         if stored != math.prod(shape):

@@ -7,7 +7,6 @@ all processes need one file system, as they do for resuming.
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -131,7 +130,7 @@ class SharedSave:
 
     def _records_of_others(self) -> dict[str, Any]:
         """Wait for the other processes, and return what a manifest says of their files."""
-        described = {}
+        described: dict[str, Any] = {}
         for rank in range(1, self.place[1]):
             record = self.staged / _record_name(rank)
             while not record.is_file():
@@ -171,5 +170,5 @@ def _in_words(error: Exception) -> str:
         free = ""
         if error.filename is not None and Path(error.filename).parent.is_dir():
             free = f" ({files.free_bytes(Path(error.filename).parent):,} bytes free)"
-        return f"{error.filename}: {os.strerror(error.errno)}{free}; make room or make it writable, and run again"
+        return f"{error.filename}: {error.strerror}{free}; make room or make it writable, and run again"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
