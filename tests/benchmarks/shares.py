@@ -15,6 +15,8 @@ Medians over the pairs, each with minimum and maximum. Linux only: /proc/self ha
 """
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -73,6 +75,8 @@ def resident(name: str) -> int:
 
 def timed_save(session: Session, training: TrainingState, step: int) -> dict[str, float]:
     """Save once and return what it took."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the next save would grow into what the last one left
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, began = resident("VmRSS"), time.perf_counter()
