@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.config.sections import AXES, Common
-from pipeline.errors import UserError
+from pipeline.errors import PeerLost, UserError
 from pipeline.fingerprints import Today, all_needs, sources
 from pipeline.launch.processes import Peers, detect_lost_peers
 from pipeline.record import headline, manifest_of, process_facts
@@ -98,7 +98,11 @@ def run_stage(job: Job) -> dict[str, Any]:
         if lines := replaced_inputs(job, context) + edited_inputs(job, run, context):
             raise UserError(lines)
         finished = True
+    except PeerLost:
+        context.checkpoints.settle(peers_are_lost=True)
+        raise
     finally:
+        context.checkpoints.settle()
         context.tracker.close(finished)
         if not finished:
             files.remove(context.publish)
@@ -405,10 +409,8 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
         folder = store.folder(name) / f".tmp-process-{peers.rank}"
         files.remove(folder)
         folder.mkdir()
+        saved = checkpoints_of(experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"])
         try:
-            saved = checkpoints_of(
-                experiment, store.work_folder(name), run_id="", writes=False, resume_step=message["at"]
-            )
             set_seeds(experiment.seed, name)
             context: StageRun = StageRun(
                 publish=folder,
@@ -422,6 +424,7 @@ def follow(peers: Peers, experiment: Common, store: ArtifactStore, stages: dict[
             with detect_lost_peers(peers):
                 stage.run(context)
         finally:
+            saved.settle()
             files.remove(folder)
     return message["end"]
 

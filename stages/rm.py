@@ -44,7 +44,7 @@ from stages.models.forward import response_scores
 from stages.models.loading import load_scalar_model, load_tokenizer, new_reward_model
 from stages.models.precision import require_finite
 from stages.models.same_tokenizer import check_same_tokenizer
-from stages.models.sharding import gather_tensors, publishable
+from stages.models.sharding import publishable
 from stages.scorers.scorer import ScoreRequest
 from stages.settings.experiment import Experiment
 from stages.settings.policies import reward_models
@@ -70,6 +70,7 @@ from stages.shared.runtime import (
     with_accelerator,
 )
 from stages.training.batching import group_order
+from stages.training.checkpoint import save_groups
 from stages.training.loop import Phase, fit
 from stages.training.ranking import RankingModel, evaluate, ranking_task
 from stages.training.session import Session, session_of
@@ -322,9 +323,9 @@ def save_members(session: Session, members: Members, k: int, plan: list[int]) ->
         k: Index of the last of them.
         plan: Steps of each model.
     """
-    tensors = {name: gather_tensors(group) for name, group in members.tensors.items()}
     state = {"members": members.figures, "steps": plan[0]}
-    session.checkpoints.save(sum(plan[: k + 1]), tensors, state, sum(plan))
+    save_groups(session, sum(plan[: k + 1]), sum(plan), members.tensors, state)
+    session.finish_saves()  # the next model's training looks for the newest checkpoint
 
 
 def accuracy_of_others(

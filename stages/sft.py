@@ -56,7 +56,7 @@ from stages.shared.runtime import (
 )
 from stages.shared.show import show_samples
 from stages.shared.source_words import recorded_rows
-from stages.training.checkpoint import has_current_settings
+from stages.training.checkpoint import has_current_settings, save_groups
 from stages.training.loop import Phase
 from stages.training.session import Session, session_of
 from stages.training.text import Optimization, TextTask, train_language_model
@@ -142,7 +142,8 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     # 2 the policy that PPO starts from, trained on pretraining text too
     tensors, state = {"finished": weights}, {"finished": figures, "steps": steps}
     if session.checkpoints.every and not is_trained:
-        session.checkpoints.save(steps, tensors, state, steps + more_steps)
+        save_groups(session, steps, steps + more_steps, tensors, state)
+        session.finish_saves()  # the training below looks for the newest checkpoint
     # not grouped by length: the long rows of text would fill batches of their own
     task = replace(task, train_rows=mixed_rows, group_by_length=False)
     phase = Phase(first=steps, total=steps + more_steps, tensors=tensors, state=state)
@@ -234,7 +235,8 @@ def run_conditional(ctx: StageRun[SFTSettings, Experiment], how: ConditionalSett
         }
         if session.checkpoints.every and number + 1 < len(rounds):
             after = {"conditional": {"round": number + 1, "figures": figures}}
-            session.checkpoints.save(done + steps[number], {"finished": weights}, after, sum(steps))
+            save_groups(session, done + steps[number], sum(steps), {"finished": weights}, after)
+            session.finish_saves()  # the next round's training looks for the newest checkpoint
 
     # 3 publish
     figures = {**figures, "samples": sum(len(own.prompts) for own in rounds) * (how.samples_per_prompt or 0)}

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000120/`. It is complete only if its manifest is there and every
 file matches its digest. Only safetensors and JSON are loaded, so that a checkpoint cannot carry
-code; what the transformers Trainer writes is kept in `trainer/`.
+code; what the transformers Trainer writes is kept in `trainer/`. Where processes hold shares of a
+model, each writes its own while training goes on (`begin_shares`, `write_shares`).
 """
 
 import json
@@ -11,11 +12,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.store import files, integrity
+from pipeline.store.shares import Share, StoredTensor, has_group, open_group
+from pipeline.store.together import SharedSave
 
 if TYPE_CHECKING:  # torch is imported late: signal handlers and environment variables come before it
     from torch import Tensor
@@ -37,10 +41,16 @@ class Checkpoint:
     """The fingerprint of the settings and inputs that it was trained with."""
 
     def tensors(self, name: str) -> dict[str, "Tensor"]:
-        """Load a named group of tensors to the CPU."""
-        from safetensors.torch import load_file
+        """Load a named group of tensors to the CPU, whole."""
+        return {key: stored.read() for key, stored in self.stored(name).items()}
 
-        return load_file(self.path / f"{name}.safetensors")
+    def stored(self, name: str) -> dict[str, StoredTensor]:
+        """Open a named group of tensors, of which any part can then be read."""
+        return open_group(self.path, name)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a group of tensors."""
+        return has_group(self.path, name)
 
 
 @dataclass
@@ -76,7 +86,11 @@ class CheckpointStore:
     _last: float = 0.0
     """Seconds that the last save took."""
     _seconds: float = 0.0
-    """Seconds that all saves of this process took."""
+    """Seconds that all saves of this process took, not counting what threads wrote meanwhile."""
+    shared: SharedSave | None = None
+    """This process's part in a save that processes write together, until all have agreed on it."""
+    _last_shared: int | None = None
+    """The step of the last such save."""
 
     def due(self, step: int) -> bool:
         """Return whether to save now: at multiples of `every`, as far as `max_share` allows."""
@@ -84,6 +98,11 @@ class CheckpointStore:
             return False
         cost = self._seconds + self._last  # the next save probably takes as long as the last one
         return self.max_share is None or cost <= self.max_share * (time.monotonic() - self._began)
+
+    def start_clock(self) -> None:
+        """Count the time of the save that begins from here, unless it is counted already."""
+        if self._saving_since is None:
+            self._saving_since = time.monotonic()
 
     def require_space(self, needed: int) -> None:
         """Check that a checkpoint fits on the disk.
@@ -97,8 +116,7 @@ class CheckpointStore:
         Raises:
             UserError: the disk has less free space.
         """
-        if self._saving_since is None:
-            self._saving_since = time.monotonic()
+        self.start_clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         files.require_space(self.folder, needed)
 
@@ -166,22 +184,41 @@ class CheckpointStore:
             self._saving_since = None
             return final
         self.require_space(sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
-        self.before_save()
-        self._remove_leftovers()
-        staged = self.folder / f".tmp-step-{step:08d}"
-        staged.mkdir()
+        staged = self._new_folder(step)
         for name, group in tensors.items():
             _save_tensors(group, staged / f"{name}.safetensors")
         with files.name_in_errors(staged / "state.json"):
             (staged / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if trainer is not None:
             os.rename(trainer, staged / "trainer")
+        self._complete(staged, step, total, integrity.describe_files(staged, integrity.list_files(staged)))
+        self._count_seconds()
+        return final
+
+    def _new_folder(self, step: int) -> Path:
+        """Make the folder that a checkpoint is written to."""
+        self.before_save()
+        self._remove_leftovers()
+        staged = self.staged(step)
+        staged.mkdir()
+        return staged
+
+    def _complete(self, staged: Path, step: int, total: int | None, described: dict[str, dict[str, Any]]) -> None:
+        """Write the manifest of a checkpoint, force all of it to disk and rename it into place.
+
+        Args:
+            staged: The folder, with all files but the manifest.
+            step: As in `save`.
+            total: As in `save`.
+            described: What the manifest says of the files.
+        """
+        final = self.folder / f"step-{step:08d}"
         manifest = {
             "step": step,
             "total": total,
             "run_id": self.run_id,
             "fingerprint": self.fingerprint,
-            "files": integrity.describe_files(staged, integrity.list_files(staged)),
+            "files": described,
             "versions": _versions(),
         }
         files.set_default_modes(staged)
@@ -195,10 +232,90 @@ class CheckpointStore:
         files.fsync_folder(self.folder)
         self._verified = None
         self.prune()
+
+    def _count_seconds(self) -> None:
+        """Count the time since a save began."""
         assert self._saving_since is not None  # since `require_space`
         self._last = time.monotonic() - self._saving_since
         self._seconds, self._saving_since = self._seconds + self._last, None
-        return final
+
+    def staged(self, step: int) -> Path:
+        """Return where the checkpoint of a step is written, before it is renamed into place."""
+        return self.folder / f".tmp-step-{step:08d}"
+
+    def begin_shares(self, step: int, needed: int, trainer: Path | None = None) -> bool:
+        """Prepare a save that several processes write together; for rank 0 alone.
+
+        Args:
+            step: Steps done so far.
+            needed: Bytes that all processes will write.
+            trainer: What the transformers Trainer has written; the folder is moved into the
+                checkpoint.
+
+        Returns:
+            Whether to save; not if this step was saved, or resumed from, before a signal came.
+
+        Raises:
+            UserError, OSError: As `save`.
+        """
+        assert self.shared is None, "the save before is not over"
+        if step == self._last_shared or (self._verified is not None and self._verified.step == step):
+            self._saving_since = None
+            if trainer is not None:
+                files.remove(trainer)
+            return False
+        self.require_space(needed)
+        staged = self._new_folder(step)
+        if trainer is not None:
+            os.rename(trainer, staged / "trainer")
+        return True
+
+    def write_shares(
+        self,
+        step: int,
+        groups: dict[str, dict[str, Share]],
+        state: dict[str, Any],
+        total: int | None,
+        place: tuple[int, int],
+    ) -> None:
+        """Start to write this process's share of a checkpoint, in a thread.
+
+        All processes call it, with the same names of groups. A process that fails says so in
+        `shared.problem`.
+
+        Args:
+            step: Steps done so far.
+            groups: Named groups: what this process writes of each tensor.
+            state: Everything else, as JSON values; rank 0's is written.
+            total: Steps of the whole run.
+            place: (rank, number of processes).
+        """
+        staged, self._last_shared = self.staged(step), step
+        if place[0]:
+            self.shared = SharedSave(staged, place, groups, {}, [], None)
+            return
+        trainer = staged / "trainer"
+        present = [f"trainer/{name}" for name in integrity.list_files(trainer)] if trainer.is_dir() else []
+        texts = {"state.json": json.dumps(state)}
+        complete = partial(self._complete, staged, step, total)
+        self.shared = SharedSave(staged, place, groups, texts, present, complete)
+        self._count_seconds()
+
+    def settle(self, peers_are_lost: bool = False) -> None:
+        """Wait, at the end of a run that failed, for what can still be saved, and say what cannot.
+
+        Args:
+            peers_are_lost: Whether to take only what the other processes have written already.
+        """
+        if self.shared is None:
+            return
+        if peers_are_lost:
+            self.shared.give_up()
+        else:
+            self.shared.join_if_alive()
+        if self.writes and self.shared.problem is not None:
+            self.say(f"the checkpoint of step {self._last_shared} is not saved: {self.shared.problem}")
+        self.shared = None
 
     def newest(self) -> Checkpoint | None:
         """Return the newest valid checkpoint of this run, or None if there is none.
@@ -206,6 +323,7 @@ class CheckpointStore:
         Newer ones that are damaged or of another run are renamed to `.damaged-…`, and a line says
         so.
         """
+        assert self.shared is None, "a save is under way"
         if self._verified is not None:
             return self._verified
         if not self.writes:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pipeline.errors import UserError
 from pipeline.launch.parallel import arrangement, from_rank_zero, is_rank_zero, rank_and_world_size
+from pipeline.store.shares import StoredTensor
 from stages.models import tensor_parallel
 from stages.models.adapters import is_adapted, unwrapped
 from stages.models.context_parallel import compute_whole_rows
@@ -34,6 +35,7 @@ from stages.models.packing import NAME as PACKED
 from stages.models.packing import register
 from stages.models.precision import castable, uncast
 from stages.models.prefix import ATTENTION as BEHIND_PREFIX
+from stages.models.shares import read_like
 
 Result = TypeVar("Result")
 
@@ -409,8 +411,15 @@ def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def shard_like(parameter: Tensor, x: Tensor) -> Tensor:
-    """Return a whole tensor sharded as `parameter` is; if that is not sharded, on its device."""
+def shard_like(parameter: Tensor, x: Tensor | StoredTensor) -> Tensor:
+    """Return a whole tensor sharded as `parameter` is; if that is not sharded, on its device.
+
+    Args:
+        parameter: A parameter of the same shape.
+        x: The tensor, or one of a checkpoint, of which only this rank's shard is read.
+    """
+    if isinstance(x, StoredTensor):
+        x = read_like(parameter, x)
     if not isinstance(parameter, DTensor) or isinstance(x, DTensor):
         return x.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -151,6 +151,7 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
             if step < run.updates:
                 session.stop_if_requested(step, run.updates, lambda at=step: run.save(at))
     # 7 publish
+    session.finish_saves()
     return finish(setup, c, kl, step) | session.notes.figures
 
 

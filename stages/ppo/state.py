@@ -95,6 +95,7 @@ class Run:
     def save_before_failure(self, step: int) -> None:
         """Save because the engine is lost. A signal that has come meanwhile ends the run first."""
         self.save(step)
+        self.session.finish_saves()
         self.session.stop_if_requested(step, self.updates, lambda: None)
 
     def sound(self, lines: list[str]) -> None:
@@ -111,6 +112,7 @@ class Run:
         """
         if self.raised and step < self.updates:
             self.save(step)
+            self.session.finish_saves()
             raise TrainingStopped(
                 f"ppo.on_alarm: stop; {self.raised[0]}. A checkpoint is saved: run again to resume as it is, or with "
                 f"changed settings and --override-config"

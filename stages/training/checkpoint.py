@@ -1,12 +1,13 @@
 """Save and load the tensors of a training: weights, optimizers, best weights, averages.
 
-A checkpoint holds whole tensors, whether or not ranks hold shards of them, so that a run may resume
-with another number of processes.
+Where ranks hold shards, each saves its own while training goes on, and nothing is gathered. A
+resumed run reads the slices that its ranks hold, so it may have another number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from torch.distributed.tensor import DTensor
 from data.streams import ORDER_VERSION
 from pipeline.errors import UserError
 from pipeline.launch import parallel
+from pipeline.store import together
 from pipeline.store.checkpoints import Checkpoint
+from pipeline.store.shares import StoredTensor
 from stages.models.sharding import gather_tensors, shard_like
+from stages.models.shares import own_bytes, own_share, read_like
 from stages.training.scaling import Scaling
 from stages.training.selection import Best
 from stages.training.session import Session
@@ -48,6 +52,9 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
         total: Steps of the whole stage.
         training: What holds the tensors. Of sharded models, all ranks must call this.
         state: Further JSON to save; it is not changed.
+
+    Raises:
+        UserError: As `save_groups` does.
     """
     from pipeline.store.optimizer_state import optimizer_tensors
 
@@ -62,10 +69,57 @@ def save_checkpoint(session: Session, step: int, total: int, training: TrainingS
     state |= training.scaling.state()
     if training.best.tensors:
         tensors["best"] = training.best.tensors
-    # check the disk before all-gathering shards, which takes a while
-    if session.collective and parallel.is_rank_zero():
-        session.checkpoints.require_space(sum(x.nbytes for group in tensors.values() for x in group.values()))
-    session.checkpoints.save(step, {name: gather_tensors(group) for name, group in tensors.items()}, state, total)
+    save_groups(session, step, total, tensors, state)
+
+
+def save_groups(
+    session: Session,
+    step: int,
+    total: int,
+    groups: dict[str, dict[str, Tensor]],
+    state: dict,
+    trainer: Path | None = None,
+) -> None:
+    """Save groups of tensors in a checkpoint; where all ranks save, each writes what it holds.
+
+    Then it returns when the tensors are copied to the CPU's memory, and threads write them:
+    `Session.finish_saves` waits for them, as the next save does.
+
+    Args:
+        session: The run.
+        step: Steps of the stage that have been taken.
+        total: Steps of the whole stage.
+        groups: Tensors by name, by the name of their group; the same names of groups on all ranks.
+        state: JSON to save.
+        trainer: What the transformers Trainer has written (`CheckpointStore.adopt`).
+
+    Raises:
+        UserError: The disk has too little free space, the save before has failed, or ranks have no
+            common file system.
+    """
+    store = session.checkpoints
+    if not session.collective:
+        whole = {name: gather_tensors(group) for name, group in groups.items()}
+        if trainer is None:
+            store.save(step, whole, state, total)
+        else:
+            store.adopt(trainer, step, total, state, whole)
+        return
+    store.start_clock()
+    session.finish_saves()
+    needed = sum(parallel.all_gather(sum(own_bytes(x) for group in groups.values() for x in group.values())))
+    if not parallel.from_rank_zero(lambda: store.begin_shares(step, needed, trainer)):
+        return
+    if not all(parallel.all_gather(together.sees(store.staged(step)))):
+        raise UserError(
+            f"{store.folder}: not every process sees this folder. Each writes its share of a checkpoint there: put "
+            f"--artifacts on a file system that all machines share, or set checkpoints.every=0"
+        )
+    shares = {}
+    for name, group in groups.items():
+        stored = {key: own_share(x) for key, x in group.items()}
+        shares[name] = {key: share for key, share in stored.items() if share is not None}
+    store.write_shares(step, shares, state, total, parallel.rank_and_world_size())
 
 
 def load_checkpoint(session: Session, training: TrainingState, total: int, first: int = 0) -> tuple[int, dict]:
@@ -94,22 +148,32 @@ def load_checkpoint(session: Session, training: TrainingState, total: int, first
         return 0, {}
     check_steps_left(session.stage, checkpoint.step - first, total)
     for trainee in training.trainees:
-        trainee.load(checkpoint.tensors(trainee.name))
+        trainee.load(checkpoint.stored(trainee.name))
         name = f"{trainee.name}_optimizer"
-        tensors, saved = regroup_optimizer(trainee, checkpoint.tensors(name), checkpoint.state[name])
+        stored, saved = regroup_optimizer(trainee, checkpoint.stored(name), checkpoint.state[name])
         with keep_optimizer_settings(trainee.optimizer):
-            load_optimizer(trainee.optimizer, shard_optimizer_tensors(trainee.optimizer, tensors), saved)
-    training.best.restore(checkpoint)
+            load_optimizer(trainee.optimizer, shard_optimizer_tensors(trainee.optimizer, stored), saved)
+    training.best.restore(checkpoint, lambda: read_weights(training.trainees[0], checkpoint, "best"))
     training.scaling.restore(checkpoint.state)
     if average is not None and average.decay is not None:
-        if (checkpoint.path / "average.safetensors").is_file():
-            parameters = training.trainees[0].parameters
-            average.tensors = {
-                name: shard_like(parameters[name], x) for name, x in checkpoint.tensors("average").items()
-            }
+        if checkpoint.has("average"):
+            parameters, stored = training.trainees[0].parameters, checkpoint.stored("average")
+            average.tensors = {name: shard_like(parameters[name], x) for name, x in stored.items()}
         else:  # no average was asked for until now: it starts here
             average.start(training.trainees[0])
     return checkpoint.step - first, checkpoint.state
+
+
+def read_weights(trainee: Trainee, checkpoint: Checkpoint, group: str) -> dict[str, Tensor]:
+    """Read weights in shards, as a trainee's are; those that it does not have in shards, whole.
+
+    Args:
+        trainee: The model.
+        checkpoint: The checkpoint.
+        group: Name of the group of tensors.
+    """
+    parameters, whole = trainee.parameters, torch.empty(0)
+    return {name: read_like(parameters.get(name, whole), x) for name, x in checkpoint.stored(group).items()}
 
 
 def check_row_order(stage: str, saved_state: dict) -> None:
@@ -143,7 +207,9 @@ def keep_optimizer_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(options)
 
 
-def regroup_optimizer(trainee: Trainee, tensors: dict[str, Tensor], saved: dict) -> tuple[dict[str, Tensor], dict]:
+def regroup_optimizer(
+    trainee: Trainee, tensors: dict[str, StoredTensor], saved: dict
+) -> tuple[dict[str, StoredTensor], dict]:
     """Rearrange a saved optimizer state into today's parameter groups.
 
     There are one or two groups (`parameter_groups`), depending on weight_decay being 0, which may
@@ -177,18 +243,23 @@ def regroup_optimizer(trainee: Trainee, tensors: dict[str, Tensor], saved: dict)
     return renumber(tensors), {"scalars": renumber(saved["scalars"]), "param_groups": groups}
 
 
-def shard_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def shard_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | StoredTensor]
+) -> dict[str, Tensor]:
     """Take this rank's shard of a whole optimizer state where the parameters are sharded.
 
     Args:
         optimizer: The optimizer that the state is for.
-        tensors: Whole tensors by "INDEX.name", INDEX being the parameter's in the optimizer.
+        tensors: Whole tensors, or those of a checkpoint, by "INDEX.name", INDEX being the
+            parameter's in the optimizer.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sharded = {}
     for key, x in tensors.items():
         parameter = parameters[int(key.split(".")[0])]
         is_shard = isinstance(parameter, DTensor) and x.dim()  # a scalar is the same on all ranks
+        if isinstance(x, StoredTensor):
+            x = read_like(parameter, x)
         sharded[key] = shard_like(parameter, x) if is_shard else x
     return sharded
 

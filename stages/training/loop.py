@@ -137,6 +137,7 @@ def fit(
                 save()
             if step < steps:
                 session.stop_if_requested(first + step, total, save)
+    session.finish_saves()
     if selection.keep == "best" and best.step != step:
         trainee.load(best.tensors)
         figures = {}  # the last evaluation's are those of other weights

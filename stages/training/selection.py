@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,15 @@ class Best:
         """Return what a checkpoint records besides the weights."""
         return {"value": self.value, "step": self.step, "since": self.since, "kept": bool(self.tensors)}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue as a checkpoint says."""
+    def restore(self, checkpoint: Checkpoint, read: Callable[[], dict[str, Tensor]]) -> None:
+        """Continue as a checkpoint says.
+
+        Args:
+            checkpoint: The checkpoint.
+            read: Reads the best weights, if they are kept.
+        """
         state = checkpoint.state["best"]
         if self.keep == "best" and not state["kept"]:
             return  # `keep` was "last" until now, so the best weights are gone: compare from here on
         self.value, self.step, self.since = state["value"], state["step"], state["since"]
-        self.tensors = checkpoint.tensors("best") if self.keep == "best" else {}
+        self.tensors = read() if self.keep == "best" else {}

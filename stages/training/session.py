@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, UserError
 from pipeline.launch import parallel
 from pipeline.stage import StageRun, StopFlag
 from pipeline.store.checkpoints import CheckpointStore
@@ -39,8 +39,13 @@ class Session:
         self.tracker.say(f"{self.stage}: {line}")
 
     def save_is_due(self, step: int) -> bool:
-        """Return whether to save after `step` steps; where all ranks save, the answer of rank 0."""
+        """Return whether to save after `step` steps; where all ranks save, the answer of rank 0.
+
+        Raises:
+            UserError: Where all ranks save: the save that is under way has failed.
+        """
         if self.collective:
+            self.confirm_save()
             return parallel.from_rank_zero(lambda: self.checkpoints.due(step))
         return self.checkpoints.due(step)
 
@@ -49,6 +54,39 @@ class Session:
         if self.collective:
             return parallel.from_rank_zero(lambda: self.stop.requested)
         return self.stop.requested
+
+    def confirm_save(self) -> None:
+        """Learn, on all ranks, whether the save that is under way is over, or has failed.
+
+        Raises:
+            UserError: It has failed, on any rank.
+        """
+        save = self.checkpoints.shared
+        if save is None:
+            return
+        is_over = save.is_over  # first: a thread that fails says so before it ends
+        reports = parallel.all_gather((save.problem, is_over))
+        if problems := [problem for problem, _ in reports if problem is not None]:
+            save.give_up()
+            self.checkpoints.shared = None
+            raise UserError(f"{self.stage}: a checkpoint is not saved: {problems[0]}")
+        if all(is_over for _, is_over in reports):
+            self.checkpoints.shared = None
+
+    def finish_saves(self) -> None:
+        """Wait, on all ranks, until the save that is under way is complete.
+
+        Raises:
+            UserError: It has failed, on any rank.
+        """
+        save = self.checkpoints.shared
+        if save is None:
+            return
+        save.wait_for_share()
+        self.confirm_save()  # before rank 0 waits for the others: one of them may have failed
+        if self.checkpoints.shared is not None:
+            save.join()
+            self.confirm_save()
 
     def stop_if_requested(self, step: int, total: int, save: Callable[[], None]) -> None:
         """Save and leave with Interrupted (exit code 75) if a signal has asked the run to stop.
@@ -63,6 +101,7 @@ class Session:
         """
         if self.stop_is_requested():
             save()
+            self.finish_saves()
             raise Interrupted(step, total)
 
     def leave_if_requested(self, step: int, total: int) -> None:

@@ -33,19 +33,21 @@ from stages.objectives.losses import language_model_loss
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime, check_cuts_rows
 from stages.training.batching import micro_batches
-from stages.training.checkpoint import check_row_order, check_steps_left
+from stages.training.checkpoint import check_row_order, check_steps_left, read_weights
 from stages.training.loop import WHOLE_STAGE, Phase
 from stages.training.residual_dropout import check_residual_dropout, residual_dropout
 from stages.training.scaling import new_scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
-from stages.training.text_hooks import EvaluationCutShort, NoStepLeft, TextHooks, perplexity_of, weights_of
+from stages.training.text_hooks import WEIGHTS, EvaluationCutShort, NoStepLeft, TextHooks, perplexity_of, weights_of
 from stages.training.text_packing import check_packing
 from stages.training.text_trainers import (
+    loading_shares,
     no_routers,
     own_part_loss,
     saving_on_rank_zero,
+    saving_shares,
     with_current_settings,
     with_groups,
     with_plain_loss,
@@ -174,7 +176,7 @@ def train_language_model(
     if parallel.arrangement().context > 1:
         check_cuts_rows(model)
     rows = dataset_of(task.train_rows, order)
-    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization)
+    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization, session.collective)
     scaling = new_scaling(trainer.accelerator)
     with trainer.accelerator.autocast():
         check_model(trainer.model, optimization)
@@ -186,7 +188,6 @@ def train_language_model(
     if checkpoint is not None:
         if task.group_by_length:
             check_row_order(session.stage, checkpoint.state)
-        hooks.best.restore(checkpoint)
         hooks.pending.restore(checkpoint.state)
         scaling.restore(checkpoint.state)
     has_adapter = is_adapted(trainer.model) or stays_in_model(trainer.model)
@@ -195,8 +196,13 @@ def train_language_model(
     if task.announce is not None and phase.first == 0:
         task.announce(trainer.model)
     written = None if checkpoint is None else checkpoint.path / "trainer"
+    if checkpoint is not None and checkpoint.has(WEIGHTS):
+        trainer.saved = checkpoint
     if runtime.sharded:
         trainer.shard_model(written)
+    if checkpoint is not None:  # after sharding, as the best weights are read in shards
+        weights = weights_of(trainer.model)
+        hooks.best.restore(checkpoint, lambda: read_weights(weights, checkpoint, "best"))
     choose_optimizer(trainer)
     with session.tracker.progress(
         hooks.total, session.stage, checkpoint.step if checkpoint else phase.first
@@ -207,6 +213,7 @@ def train_language_model(
         offload = offloading(trainer.model, runtime.layout.offload_activations)
         with contextlib.suppress(NoStepLeft), dropout, offload:
             trainer.train(resume_from_checkpoint=None if written is None else str(written))
+    session.finish_saves()
     if parallel.is_rank_zero():
         shutil.rmtree(scratch, ignore_errors=True)
     # trainer.train returns in the same way after the last step, on a signal and out of patience.
@@ -304,7 +311,13 @@ def trainer_arguments(
 
 
 def make_trainer(
-    model: nn.Module, arguments: Any, tokenizer: Any, rows: Any, runtime: Runtime, optimization: Optimization
+    model: nn.Module,
+    arguments: Any,
+    tokenizer: Any,
+    rows: Any,
+    runtime: Runtime,
+    optimization: Optimization,
+    saves_shares: bool = False,
 ) -> Any:
     """Return a trl SFTTrainer with our changes.
 
@@ -315,6 +328,7 @@ def make_trainer(
         rows: The data set of the rows of all batches, in order.
         runtime: How the stage computes: what is sharded, and what is offloaded.
         optimization: Settings of the optimizer.
+        saves_shares: Whether all processes save, each its share.
     """
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
@@ -328,7 +342,9 @@ def make_trainer(
         trainer_class = saving_on_rank_zero(trainer_class)
     if runtime.layout.has_stand_ins:
         trainer_class = with_stand_ins(trainer_class, runtime.layout)
-    trainer_class = with_current_settings(trainer_class)
+    if saves_shares:
+        trainer_class = saving_shares(trainer_class)
+    trainer_class = with_current_settings(loading_shares(trainer_class))
     if parallel.arrangement().together > 1:
         trainer_class = with_groups(trainer_class)
     smoothing, are_left_out = optimization.label_smoothing or 0.0, bool(unanswered_ids(model))

@@ -14,15 +14,19 @@ from torch import nn
 from data.streams import ORDER_VERSION, derive_seed
 from pipeline.errors import Interrupted
 from pipeline.launch import parallel
+from pipeline.store.optimizer_state import optimizer_tensors
 from stages.models.adalora import triplets_of
 from stages.models.adapters import trainable_parameters
-from stages.models.sharding import gather_tensors
+from stages.training.checkpoint import save_groups
 from stages.training.loop import Phase
 from stages.training.scaling import Scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Best
 from stages.training.session import PendingEvaluation, Session
 from stages.training.trainee import Trainee, gradient_norm, stop_training
+
+WEIGHTS, OPTIMIZER = "model", "model_optimizer"
+"""Groups of tensors in the checkpoints that all processes save."""
 
 
 class EvaluationCutShort(Exception):
@@ -180,7 +184,7 @@ class TextHooks:
         if self.session.stop_is_requested():
             # transformers saves first and then leaves its loop
             control.should_save = control.should_training_stop = True
-        if control.should_save:
+        if control.should_save and not self.session.collective:
             self.require_space(model)
 
     def require_space(self, model: nn.Module) -> None:
@@ -191,18 +195,24 @@ class TextHooks:
         times = 5 if triplets_of(model) else 3
         self.session.checkpoints.require_space(times * sum(p.nbytes for p in trainable_parameters(model).values()))
 
-    def after_save(self, args: Any, state: Any) -> None:
-        """Move the folder that transformers wrote into our store of checkpoints."""
+    def after_save(self, args: Any, state: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Move the folder that transformers wrote into our store of checkpoints.
+
+        Where all processes save, it has neither weights nor optimizer: they are saved here.
+        """
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if parallel.is_rank_zero():
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is never read
         # What transformers does not know of: earlier trainings of the stage, and the best weights.
         tensors = dict(self.phase.tensors)
         if self.best.tensors:
-            tensors["best"] = gather_tensors(self.best.tensors)
+            tensors["best"] = self.best.tensors
         saved_state = self.phase.state | {"best": self.best.state(), "row_order": ORDER_VERSION}
         saved_state |= self.pending.state() | self.scaling.state()
-        self.session.checkpoints.adopt(folder, self.stage_step(state), self.total, saved_state, tensors)
+        if self.session.collective:
+            tensors[WEIGHTS] = weights_of(model).tensors()
+            tensors[OPTIMIZER], saved_state[OPTIMIZER] = optimizer_tensors(optimizer)
+        save_groups(self.session, self.stage_step(state), self.total, tensors, saved_state, trainer=folder)
 
     def callback(self) -> Any:
         """Return the transformers callback that calls the methods above."""
@@ -229,10 +239,12 @@ class TextHooks:
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 hooks.log(logs or {}, state)
 
-            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            def on_save(
+                self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+            ) -> None:
                 # after the last step the artifact is written instead
                 if state.global_step < hooks.schedule.total:
-                    hooks.after_save(args, state)
+                    hooks.after_save(args, state, model, optimizer)
 
         return Callback()
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.launch import devices, parallel
+from pipeline.store.checkpoints import Checkpoint
+from pipeline.store.optimizer_state import load_optimizer
 from stages.models.adapters import unwrapped
 from stages.models.context_parallel import own_part
 from stages.models.layout import Layout
@@ -23,7 +25,7 @@ from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
 from stages.training.stand_ins import StandIns, stand_in
-from stages.training.text_hooks import weights_of
+from stages.training.text_hooks import OPTIMIZER, WEIGHTS, weights_of
 
 TRAINED = "trained.safetensors"
 MPS_STATE = "rng_state_mps.safetensors"
@@ -222,6 +224,47 @@ def with_whole_states(trainer_class: type) -> type:
     return WholeStateTrainer
 
 
+def saving_shares(trainer_class: type) -> type:
+    """Leave weights and optimizer to `TextHooks.after_save`, where each process saves its share."""
+
+    class SharesSavingTrainer(saving_on_rank_zero(trainer_class)):
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if parallel.is_rank_zero():  # for the trainer's own state
+                Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+
+        # Nor is there anything else: hooks set the rate and seed dropout at each step.
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            pass
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            pass
+
+    return SharesSavingTrainer
+
+
+def loading_shares(trainer_class: type) -> type:
+    """Resume from a checkpoint whose weights and optimizer are in groups of ours, in any layout."""
+
+    class SharesLoadingTrainer(trainer_class):
+        saved: Checkpoint | None = None  # set before training; None: transformers' own files are read
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+            if self.saved is None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            elif not is_sharded(self.model):  # otherwise `shard_model` has loaded it
+                weights_of(self.model).load(self.saved.stored(WEIGHTS))
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if self.saved is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            optimizer = self.optimizer.optimizer  # inside accelerate's
+            shards = shard_optimizer_tensors(optimizer, self.saved.stored(OPTIMIZER))
+            load_optimizer(optimizer, shards, self.saved.state[OPTIMIZER])
+
+    return SharesLoadingTrainer
+
+
 def with_stand_ins(trainer_class: type, layout: Layout) -> type:
     """Let the optimizer step stand-ins of the weights, as the layout asks.
 
@@ -251,10 +294,10 @@ def with_stand_ins(trainer_class: type, layout: Layout) -> type:
 
 
 def with_sharding(trainer_class: type, layout: Layout) -> type:
-    """Train a sharded model, with the checkpoints of a whole one.
+    """Train a sharded model.
 
-    transformers trains a model that we have sharded, but cannot save or resume it. Here, the ranks
-    all-gather what rank 0 writes, so a checkpoint does not depend on the number of processes.
+    transformers trains a model that we have sharded, but cannot save or resume it. What is here
+    saves a single process (`launch.offload: all`), whole; several save by `saving_shares`.
 
     Args:
         trainer_class: The class.
@@ -276,12 +319,17 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
             """Keep this rank's shard of the weights.
 
             Args:
-                checkpoint: The folder that transformers wrote, whose weights are taken; None: they
-                    stay as they are.
+                checkpoint: The folder that transformers wrote, whose weights are taken unless
+                    `saved` has them; None: they stay as they are.
             """
+            saved = self.saved
+            if saved is not None:
+                checkpoint = None
             if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
                 self._load_from_checkpoint(str(checkpoint))
             shard(self.model, self.args.device, mean=True, layout=layout)
+            if saved is not None:
+                weights_of(self.model).load(saved.stored(WEIGHTS))
             # autocast would cache a cast of each layer that is all-gathered: the whole model
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
             self.is_distributed_loading_by_transformers = True  # otherwise accelerate would wrap the model

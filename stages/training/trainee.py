@@ -1,7 +1,7 @@
 """Take an optimizer step: check that the gradient is finite, clip it, step, average weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.launch import parallel
+from pipeline.store.shares import StoredTensor
 from stages.models.adalora import adamw_for
 from stages.models.adapters import trainable_parameters, unwrapped
 from stages.models.layout import Layout
@@ -57,11 +58,12 @@ class Trainee:
         return {name: p.detach() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor | StoredTensor]) -> None:
         """Load weights that train.
 
         Args:
-            tensors: Whole tensors by name; of sharded parameters this rank's shard is taken.
+            tensors: Whole tensors by name, or those of a checkpoint; of sharded parameters this
+                rank's shard is taken.
 
         Raises:
             UserError: Names or shapes are not those of this model.
@@ -73,7 +75,7 @@ class Trainee:
             )
         # All shapes are checked before any weight is copied: an error leaves the model as it was.
         for name, p in self.parameters.items():
-            if p.shape != tensors[name].shape:
+            if tuple(p.shape) != tuple(tensors[name].shape):
                 raise UserError(
                     f"checkpoint of {self.name}: {name} is {tuple(tensors[name].shape)}, the model's is "
                     f"{tuple(p.shape)}; start again with --restart"

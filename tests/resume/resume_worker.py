@@ -31,7 +31,8 @@ def rlhf(
         argv: its arguments.
         die: (stage, step) after whose row of metrics.jsonl it kills itself with SIGKILL (rankings,
             evaluate: after whose checkpoint); or (stage, file of its cache), before that file is
-            put in place.
+            put in place; or (stage, "writing STEP"), when a thread has written one of its files of
+            the checkpoint of that step.
         term: the same with SIGTERM.
         term_at_token: which of the tokens that it samples (counted in rows at a time) brings
             SIGTERM. If it samples another one after that, the exit code is 99.
@@ -47,7 +48,7 @@ def rlhf(
 
 def rlhf_together(
     *argv: str,
-    die: tuple[int, str, int] | None = None,
+    die: tuple[int, str, int | str] | None = None,
     term: tuple[int, str, int] | None = None,
     seconds: float = 300,
     one_reads: bool = False,
@@ -65,7 +66,7 @@ def rlhf_together(
 
 def start_together(
     argv,
-    die: tuple[int, str, int] | None = None,
+    die: tuple[int, str, int | str] | None = None,
     size: int = 2,
     tokens: Path | None = None,
     term: tuple[int, str, int] | None = None,
@@ -190,7 +191,7 @@ def count_tokens() -> list[int]:
 def arm(die: tuple[str, int | str] | None, term: tuple[str, int] | None) -> None:
     """Make this process die, or get SIGTERM, at a step or before a file is put in place."""
     from pipeline import tracking
-    from pipeline.store import checkpoints
+    from pipeline.store import checkpoints, shares
 
     sent: list[tuple[str, int]] = []
 
@@ -201,6 +202,7 @@ def arm(die: tuple[str, int | str] | None, term: tuple[str, int] | None) -> None
             sent.append(term)
             os.kill(os.getpid(), signal.SIGTERM)
 
+    write = shares.write_shares
     log, save, replace = tracking.Tracker.log, checkpoints.CheckpointStore.save, os.replace
 
     def dying_log(self, step, metrics, *times):
@@ -219,6 +221,11 @@ def arm(die: tuple[str, int | str] | None, term: tuple[str, int] | None) -> None
             at(target.parent.parent.name, target.name)
         replace(source, target, **options)
 
+    def dying_write(path, parts):
+        write(path, parts)
+        at(path.parents[2].name, f"writing {int(path.parent.name.removeprefix('.tmp-step-'))}")
+
+    shares.write_shares = dying_write
     os.replace = dying_replace
     tracking.Tracker.log = dying_log
     checkpoints.CheckpointStore.save = dying_save

@@ -172,10 +172,21 @@ def undisturbed(oracle, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, who", [("sft", 0), ("rm", 1), ("ppo", 0), ("ppo", 1), ("dpo", 1)])
-def test_killed_and_resumed_they_give_the_same_bytes(stage, who, oracle, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "stage, who, when",
+    [
+        ("sft", 0, 5),
+        ("sft", 1, "writing 4"),
+        ("rm", 1, 5),
+        ("ppo", 0, "writing 4"),
+        ("ppo", 1, 5),
+        ("dpo", 1, "writing 6"),
+    ],
+)
+def test_killed_and_resumed_they_give_the_same_bytes(stage, who, when, oracle, undisturbed, tmp_path):
+    """At a step, or in the thread that writes a checkpoint."""
     root = copy_without(oracle, tmp_path, stage)
-    codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, 5), seconds=60)
+    codes = rlhf_together(*command(stage, root, FSDP), die=(who, stage, when), seconds=60)
     assert codes == ([1, -signal.SIGKILL] if who else [-signal.SIGKILL, 4])  # 4: it has lost its peer
     assert list((root / "micro" / stage / "checkpoints").glob("step-*/manifest.json"))
     assert rlhf_together(*command(stage, root, FSDP), one_reads=True) == [0, 0]

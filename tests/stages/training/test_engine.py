@@ -204,7 +204,7 @@ class TestBest:
         for step, value in enumerate([1.0, 0.0]):
             kept.offer(value, step, trainee_of(step))
         again = Best("best", 3, True)
-        again.restore(SimpleNamespace(state={"best": kept.state()}, tensors=lambda name: {"best": kept.tensors}[name]))
+        again.restore(SimpleNamespace(state={"best": kept.state()}), lambda: kept.tensors)
         assert again.state() == kept.state() and same(again.tensors, kept.tensors)
 
 
