@@ -156,7 +156,7 @@ def test_a_layer_that_is_not_one_graph_is_left_as_it_is(monkeypatch):
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
 
 
-def test_the_default_is_auto():
+def test_auto_is_null_and_the_default_is_false():
     assert ModelSettings(compile="auto").compile is None and ModelSettings().compile is False
     assert ModelSettings(compile=True).compile is True
 
