@@ -98,7 +98,7 @@ def render(
 
 
 def _render_here(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], **options: Any) -> Any:
-    """Return what `apply_chat_template` makes of a conversation, or the TemplateError that it raises."""
+    """Return what `apply_chat_template` makes of a conversation, or the TemplateError it raises."""
     try:
         return tokenizer.apply_chat_template(conversation, **options)
     except TemplateError as refusal:

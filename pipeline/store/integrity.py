@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +18,15 @@ def canonical_json(value: Any) -> bytes:
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of a JSON value's canonical encoding, in hexadecimal."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_json_list(items: Iterable[Any]) -> str:
+    """Return what `sha256_json` gives of the list of these JSON values, without holding it."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update((b"," if number else b"") + canonical_json(item))
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:
