@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from data.group_rows import ids_at
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -60,7 +62,7 @@ def write_prompts(target: Path, prompts: Iterable[tuple[EncodedPrompt, float]]) 
         prompts: Each prompt with its position.
 
     Raises:
-        ValueError: As of `text_of`.
+        UserError: As of `text_of`.
     """
     import pyarrow as pa
 
@@ -80,18 +82,16 @@ def text_of(prompt: EncodedPrompt) -> str:
     keys that are numbers.
 
     Raises:
-        ValueError: The row holds something else; with its place.
+        UserError: The row holds something else.
     """
     row = prompt.data_row
     if is_json(row):
         return json.dumps(row)
     text = " " + repr(row)  # JSON begins without a blank
-    try:
+    with suppress(ValueError, SyntaxError):
         if row_of(text) == row:
             return text
-    except (ValueError, SyntaxError):
-        pass
-    raise ValueError(f"{prompt.place}: the row holds values that are no JSON; write it without them")
+    raise UserError([f"{prompt.place}: the row holds values that are no JSON; write it without them"])
 
 
 def row_of(text: str) -> dict:

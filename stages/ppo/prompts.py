@@ -56,11 +56,7 @@ def load_prompts(
     def write(paths: dict[str, Path]) -> dict[str, Any]:
         with cache.progress(NAME, given.rows) as note:
             loaded = Loaded()
-            prompts = encoded_prompts(given.source, tokenizer, limiter, loaded, note)
-            try:
-                write_prompts(paths["arrow"], prompts)
-            except ValueError as error:
-                raise UserError([str(error)]) from error
+            write_prompts(paths["arrow"], encoded_prompts(given.source, tokenizer, limiter, loaded, note))
             what = not_taken(NAME, reader_source(given.source).name, loaded)
             return {"not_taken": asdict(what), "report": asdict(limiter.report)}
 

@@ -5,6 +5,7 @@ import pytest
 
 from data import prompt_rows
 from data.prompt_rows import EncodedPrompt, part_of, read_prompts, text_of, write_prompts
+from pipeline.errors import UserError
 
 ROWS = [
     {"prompt": "what ?", "answer": 4, "share": 0.1, "none": None, "deep": {"a": [1, {"b": True}]}},
@@ -44,5 +45,5 @@ def test_a_file_of_no_prompts(tmp_path):
 
 
 def test_a_value_that_cannot_be_kept_is_refused():
-    with pytest.raises(ValueError, match=r"^p.jsonl:1: the row holds values that are no JSON; write it without them"):
+    with pytest.raises(UserError, match=r"^p.jsonl:1: the row holds values that are no JSON; write it without them"):
         text_of(EncodedPrompt([], {"prompt": "a", "x": object()}, "p.jsonl:1"))

@@ -67,7 +67,7 @@ def test_a_second_start_reads_no_prompt_and_says_the_same(start):
     again = [list(part) for part in start.load()]
     assert again == first and start.said == said and len(start.reads) == 1
     assert [len(part) for part in start.load(eval_prompts=2)] == [19, 2] and len(start.reads) == 1
-    short = start.load(max_length=34, on_too_long="drop")
+    short = start.load(max_length=26, on_too_long="drop")
     assert 2 <= sum(map(len, short)) < 21 and len(start.reads) == 2 and "dropped" in start.said[-1]
 
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(start):
         start.load()
     assert [line.partition(": ")[0] for line in caught.value.lines] == [f"{start.file}:23", f"{start.file}:24"]
     start.write(ROWS[:1])
-    with pytest.raises(UserError, match="data.prompts: 1 prompt; PPO needs at least 2"):
+    with pytest.raises(UserError, match=r"data\.prompts: 1 prompt; PPO needs at least 2"):
         start.load()
 
 
