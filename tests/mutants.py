@@ -244,9 +244,7 @@ MUTANTS = [
         "kl.target, c.batch_size, kl.horizon",
         "kl.target, c.mini_batch_size, kl.horizon",
     ),
-    Mutant(
-        "ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["
-    ),
+    Mutant("ppo", "held-out prompts are trained on", "return part_of(prompts, ~is_held_out), ", "return prompts, "),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",
@@ -913,8 +911,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        "world.knows(prompt)], documents)",
-        "world.knows(prompt)], [])",
+        "tasks = world.tasks_in(of_world(), documents)",
+        "tasks = world.tasks_in(of_world(), [])",
     ),
     Mutant(
         "evaluate",
