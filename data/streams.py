@@ -7,6 +7,10 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def derive_seed(*parts: object) -> int:
@@ -99,7 +103,7 @@ def position_of(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def held_out_limit(positions: Sequence[float], fraction: float, least: int | None = None) -> float:
+def held_out_limit(positions: "Sequence[float] | np.ndarray", fraction: float, least: int | None = None) -> float:
     """Return the highest position that `held_out` holds out; -1 if it holds nothing out.
 
     Args:

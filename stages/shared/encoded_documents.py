@@ -20,7 +20,7 @@ from stages.shared.row_cache import RowCache
 
 NAME = "documents"
 """The name of the ids in the cache."""
-IDS = np.dtype("<i4")
+IDS = np.dtype(np.int32).newbyteorder("<")
 """How an id is written."""
 MOST_MOVED = 2**22
 """Ids that are moved together in the file at most, unless one document has more."""
@@ -75,7 +75,7 @@ def write_training_ids(path: Path, source: Source, fraction: float, tokenizer: A
 
     with path.open("wb") as file:
         for ids, its in joined(tokenizer, texts()):
-            file.write(ids.astype(IDS, copy=False))
+            file.write(ids.astype(IDS, copy=False).tobytes())
             lengths.extend(its)
             note(len(lengths))
     trains = np.asarray(positions) > held_out_limit(positions, fraction)
@@ -125,18 +125,17 @@ def take_out(path: Path, lengths: np.ndarray, stays: np.ndarray) -> int:
     """
     left = int(lengths[stays].sum())
     if left < int(lengths.sum()):
-        ids = np.memmap(path, IDS, "r+")
+        ids: np.ndarray = np.memmap(path, IDS, "r+")
         written = read = first = 0
         ends = np.cumsum(lengths)
         while first < len(lengths):
             # at least one document, and further ones up to MOST_MOVED ids
             last = max(first + 1, int(np.searchsorted(ends, read + MOST_MOVED, side="right")))
-            chosen = np.repeat(stays[first:last], lengths[first:last])
+            chosen: np.ndarray = np.repeat(stays[first:last], lengths[first:last])
             kept = ids[read : read + len(chosen)][chosen]  # a copy: both places may overlap
             ids[written : written + len(kept)] = kept
             written, read, first = written + len(kept), read + len(chosen), last
         assert written == left
-        ids.flush()
-        del ids
+        del ids  # which writes it
         os.truncate(path, left * IDS.itemsize)
     return left
