@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -18,6 +19,7 @@ from data.error_lines import shorten
 from data.length_limit import LengthLimiter, LengthReport
 from data.records import Demonstration, as_messages
 from data.templates import TemplateOverrun
+from data.token_ids import token_ids
 from data.turns import Turn, Turns, turns_of
 from pipeline.errors import UserError
 
@@ -62,20 +64,45 @@ def encode_prompts(
         UserError: With a line for every prompt that the chat template refuses (some take no system
             message, or only alternating turns), or for the one on which it takes too long.
     """
+    problems: list[str] = []
+    ids = encode_some_prompts(tokenizer, prompts, names, problems)
+    if problems:
+        raise UserError(shorten(problems))
+    return ids
+
+
+def encode_some_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str | Iterable[dict]],
+    names: Sequence[str],
+    problems: list[str],
+) -> list[list[int]]:
+    """Encode prompts as `encode_prompts` does, and collect what the chat template refuses.
+
+    Args:
+        tokenizer: The tokenizer with its chat template.
+        prompts: Strings or lists of messages.
+        names: The location of each prompt, for error lines.
+        problems: Gets a line for every prompt that the chat template refuses.
+
+    Returns:
+        The ids of each prompt; [] of one that is refused.
+
+    Raises:
+        UserError: The chat template takes too long on a prompt.
+    """
     conversations = [as_messages(prompt) for prompt in prompts]
     ids: list[list[int]] = []
-    problems: list[str] = []
     try:
         encoded = encode_conversations(tokenizer, conversations, add_generation_prompt=True)
         for result, name in zip(encoded, names, strict=True):
             if isinstance(result, TemplateError):
                 problems.append(_refused(name, result))
+                ids.append([])
             else:
                 ids.append(result)
     except TemplateOverrun as error:  # every other prompt would take as long
         raise _overrun(names[error.index], error) from error
-    if problems:
-        raise UserError(shorten(problems))
     return ids
 
 
@@ -112,12 +139,9 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, answers: Sequence[tuple
         tokenizer: The tokenizer.
         answers: (text, whether it ended by itself) of each.
     """
-    if not answers:
-        return []
-    texts = [text for text, _ in answers]
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = token_ids(tokenizer, [text for text, _ in answers], is_plain=True)
     end = tokenizer.eos_token_id
-    return [[*ids, end] if finished else list(ids) for ids, (_, finished) in zip(encoded, answers, strict=True)]
+    return [[*ids, end] if finished else ids for ids, (_, finished) in zip(encoded, answers, strict=True)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -302,8 +326,10 @@ def teach_some(
     taught = [turns_of(demonstration, turns) for demonstration in demonstrations]
     conversations = [as_messages(own[-1].prompt) for own in taught]
     ends = [[len(as_messages(turn.prompt)) for turn in own] for own in taught]
+    answers = iter(encode_responses(tokenizer, [(turn.answer, True) for own in taught for turn in own]))
     try:
         for i, prompts in enumerate(encode_beginnings(tokenizer, conversations, ends)):
+            responses = list(islice(answers, len(taught[i])))
             refused = [(k, ids) for k, ids in enumerate(prompts) if isinstance(ids, TemplateError)]
             encoded = [ids for ids in prompts if not isinstance(ids, TemplateError)]
             if refused:
@@ -313,22 +339,22 @@ def teach_some(
                 problems.append(_refused(place, refusal))
                 yield []
             else:
-                yield _merge(tokenizer, taught[i], encoded)
+                yield _merge(taught[i], encoded, responses)
     except TemplateOverrun as error:
         raise _overrun(names[error.index], error) from error
 
 
-def _merge(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], prompts: Sequence[list[int]]) -> list[TaughtRow]:
+def _merge(turns: Sequence[Turn], prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[TaughtRow]:
     """Return the fewest rows that teach the turns of a conversation, in order of their last turns.
 
     Args:
-        tokenizer: The tokenizer.
         turns: The turns that are taught.
         prompts: The ids of the prompt of each.
+        responses: The ids of the answer of each, with EOS.
     """
     rows: list[TaughtRow] = []
-    for turn, prompt in zip(reversed(turns), reversed(prompts), strict=True):
-        ids = prompt + encode_response(tokenizer, turn.answer)
+    for turn, prompt, response in zip(reversed(turns), reversed(prompts), reversed(responses), strict=True):
+        ids = prompt + response
         span = (len(prompt), len(ids))
         holder = next((row for row in rows if row.ids[: len(ids)] == ids), None)
         if holder is None:

@@ -82,6 +82,48 @@ def first_indices(texts: Iterable[str | Iterable[dict]]) -> dict[Words, int]:
     return indices
 
 
+@dataclass(frozen=True)
+class CopyFilter:
+    """Let through the few texts of a stream that can be near copies of some given ones.
+
+    So a stream need not be kept: what does not pass is no near copy, and what passes is compared by
+    `near_copies`.
+    """
+
+    known: tuple[frozenset[Words], ...]
+    """All shingles of the given texts, of each length from 1 to LONGEST words."""
+    threshold: float
+    """The smallest Jaccard index of two near copies."""
+
+    @staticmethod
+    def of(texts: Iterable[str | Iterable[dict]], threshold: float = 0.8) -> "CopyFilter":
+        """Return the filter for copies of these texts; the arguments are those of `near_copies`."""
+        ours = list(first_indices(texts))
+        lengths = range(1, LONGEST + 1)
+        runs = [[own for _, own in of_length(ours, length, threshold)] for length in lengths]
+        return CopyFilter(tuple(frozenset[Words]().union(*some) for some in runs), threshold)
+
+    def passing(self, stream: Iterable[str | Iterable[dict]]) -> Iterator[str | Iterable[dict]]:
+        """Yield the texts of a stream that can be near copies, each only once."""
+        seen: set[Words] = set()
+        for text in stream:
+            words = normal_words(text)
+            if words and words not in seen and self._can_be_copy(words):
+                seen.add(words)
+                yield text
+
+    def _can_be_copy(self, words: Words) -> bool:
+        """Return whether enough shingles of a text are known.
+
+        The Jaccard index of two sets is at most the share of the one that the other has.
+        """
+        return any(
+            len(own & known) / len(own) >= self.threshold
+            for length, known in enumerate(self.known, 1)
+            for _, own in of_length((words,), length, self.threshold)
+        )
+
+
 # ── words and shingles ───────────────────────────────────────────────────────────────────────────
 
 
@@ -176,7 +218,10 @@ def similar_pairs(
     for key, sketch in enumerate(MinHash.generator((as_bytes(own) for _, own in candidates), **options)):
         index.insert(key, sketch)
     empty = MinHash(**options)
+    known = frozenset[Words]().union(*(own for _, own in candidates))
     for words, theirs in of_length(queries, length, threshold):
+        if len(theirs & known) / len(theirs) < threshold:
+            continue  # whatever it is compared with, they share less; a sketch takes far longer
         sketch = empty.copy()
         sketch.update_batch(as_bytes(theirs))
         for key in index.query(sketch):

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from data.records import Demonstration, Document, Prompt, Ranking, content_id
@@ -61,20 +60,20 @@ def parse_ranking(row: dict) -> Ranking:
     identifier = row.get("id")
     if (identifier is not None and type(identifier) not in (str, int)) or identifier == "":
         raise ValueError(f"'id' is {describe(identifier)}; expected a string, or no id")
-    ranking = Ranking(
-        id=without_emails(str(identifier)),
-        prompt=prompt,
-        responses=tuple(responses),
-        ranks=ranks,
-        labeler=parse_name(row, "labeler"),
-        margin=parse_margin(row),
-        finished=parse_finished(row, len(responses)),
-        scores=parse_scores(row, ranks),
-        labels=parse_labels(row, ranks),
-        source=row["source"] if isinstance(row.get("source"), str) and row["source"] else None,
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "responses": tuple(responses),
+        "ranks": ranks,
+        "labeler": parse_name(row, "labeler"),
+        "margin": parse_margin(row),
+        "finished": parse_finished(row, len(responses)),
+        "scores": parse_scores(row, ranks),
+        "labels": parse_labels(row, ranks),
+        "source": row["source"] if isinstance(row.get("source"), str) and row["source"] else None,
         **parse_about(row),
-    )
-    return ranking if identifier is not None else replace(ranking, id=content_id(ranking))
+    }
+    name = content_id(Ranking("", **fields)) if identifier is None else without_emails(str(identifier))
+    return Ranking(name, **fields)
 
 
 # ── fields ───────────────────────────────────────────────────────────────────────────────────────

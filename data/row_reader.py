@@ -264,9 +264,9 @@ class RowReader:
             self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
         known = form.keys_of(row)
-        self.loaded.unread.update(
-            key for key in row if key not in known and key not in METADATA and key not in (self.source.where or ())
-        )
+        for key in row:
+            if key not in known and key not in METADATA and key not in (self.source.where or ()):
+                self.loaded.unread[key] += 1
         return form, row
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
@@ -310,8 +310,8 @@ class RowReader:
                 record = with_own_id(record, location, self._seen)
             elif self.tasks is not None and isinstance(record, Demonstration | Prompt):
                 record = replace(record, extra=dict(row))  # whole, to be shown before other prompts too
-            elif isinstance(record, Prompt):
-                record = replace(record, extra=extra_of(row))
+            elif isinstance(record, Prompt) and (extra := extra_of(row)):
+                record = replace(record, extra=extra)
         except ValueError as error:
             self._bad(location, error)
             return

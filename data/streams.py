@@ -7,6 +7,10 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def derive_seed(*parts: object) -> int:
@@ -99,18 +103,22 @@ def position_of(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def held_out_limit(positions: Sequence[float], fraction: float) -> float:
+def held_out_limit(positions: "Sequence[float] | np.ndarray", fraction: float, least: int | None = None) -> float:
     """Return the highest position that `held_out` holds out; -1 if it holds nothing out.
 
     Args:
         positions: The position of each row's key, as of `position_of`.
         fraction: The share of keys to hold out.
+        least: As of `held_out`.
     """
     import numpy as np
 
-    different = np.unique(np.asarray(positions))
-    count = min(max(int((different < fraction).sum()), int(fraction > 0)), len(different) - 1)
-    return float(different[count - 1]) if count else -1.0
+    different = np.unique(np.asarray(positions, dtype=np.float64))
+    below = int((different < fraction).sum())
+    if least is None:
+        least = int(fraction > 0)
+    count = min(max(below, least), len(different) - 1)
+    return float(different[count - 1]) if count > 0 else -1.0
 
 
 ORDER_VERSION = 2

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from data.token_ids import token_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +35,7 @@ AT_FIRST = 20.0
 PATIENCE = 300.0
 """Seconds to wait for an answer: the machine may be busy."""
 AT_ONCE = 64
-"""Conversations that are sent together."""
+"""Conversations that are rendered and tokenized together."""
 
 
 class TemplateOverrun(TemplateError):
@@ -68,30 +70,39 @@ def render(
         TemplateOverrun: The template takes too much time, memory or text.
     """
     requests = zip(conversations, tokenize, strict=True)
-    if not is_foreign(tokenizer, trusted):
+    if has_own_method(tokenizer):
         for conversation, wants_ids in requests:
             only_ids: dict[str, Any] = {"return_dict": False} if wants_ids else {}
-            try:
-                rendered: Any = tokenizer.apply_chat_template(conversation, tokenize=wants_ids, **only_ids, **options)
-            except TemplateError as refusal:
-                yield refusal
-            else:
-                yield rendered
+            yield _render_here(tokenizer, conversation, tokenize=wants_ids, **only_ids, **options)
         return
-    template, options = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, **options}
+    is_theirs = is_foreign(tokenizer, trusted)
     done = 0
     while batch := list(islice(requests, AT_ONCE)):
+        some = [conversation for conversation, _ in batch]
         try:
-            answers = _worker.render(template, [conversation for conversation, _ in batch], options)
+            if is_theirs:
+                variables = {**tokenizer.special_tokens_map, **options}
+                texts = _worker.render(tokenizer.get_chat_template(), some, variables)
+            else:
+                texts = [_render_here(tokenizer, one, tokenize=False, **options) for one in some]
         except TemplateOverrun as error:
             error.index += done
             raise
         done += len(batch)
-        for answer, (_, wants_ids) in zip(answers, batch, strict=True):
-            if wants_ids and isinstance(answer, str):
-                yield tokenizer(answer, add_special_tokens=False)["input_ids"]
-            else:
-                yield answer
+        wanted = [
+            text for text, (_, wants_ids) in zip(texts, batch, strict=True) if wants_ids and isinstance(text, str)
+        ]
+        ids = iter(token_ids(tokenizer, wanted, is_plain=False))
+        for text, (_, wants_ids) in zip(texts, batch, strict=True):
+            yield next(ids) if wants_ids and isinstance(text, str) else text
+
+
+def _render_here(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], **options: Any) -> Any:
+    """Return what `apply_chat_template` makes of a conversation, or the TemplateError it raises."""
+    try:
+        return tokenizer.apply_chat_template(conversation, **options)
+    except TemplateError as refusal:
+        return refusal
 
 
 def is_foreign(tokenizer: PreTrainedTokenizerBase, trusted: str) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from data.documents import PackedRows
 from data.encode import EncodedRow
 from data.streams import held_out_limit, position_of
 from data.turns import conversation_key
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1024
 """Rows of a batch in the file."""
+MOST_VALUES = 2**30
+"""Token ids in a part of a column: Arrow counts those of a list in 32 bits."""
 TRAINED_ON = ["input_ids", "labels"]
 """The columns that a trainer gets."""
 
@@ -184,12 +187,67 @@ def read_text_rows(path: Path, fraction: float) -> SplitRows:
     )
 
 
+@dataclass(eq=False)
+class DocumentRows(Sequence[dict]):
+    """Read {input_ids, labels} of rows of documents, in which every token is taught."""
+
+    packed: PackedRows
+    """The rows."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, at: int) -> dict: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[dict]: ...
+
+    def __getitem__(self, at: int | slice) -> dict | list[dict]:
+        """Return a row, or several."""
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        ids = self.packed[at]
+        return {"input_ids": ids, "labels": ids}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the tokens of each row."""
+        return [self.packed.length] * len(self)
+
+    def taken(self, order: Sequence[int]) -> Dataset:
+        """Return a data set with these rows, in this order.
+
+        Its two columns are the same memory as the ids: nothing is copied.
+
+        Args:
+            order: Indices of rows; they may repeat.
+        """
+        import pyarrow as pa
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        length, chunks = self.packed.length, []
+        most = max(1, MOST_VALUES // length)
+        for first in range(0, len(self), most):
+            count = min(most, len(self) - first)
+            values = pa.array(self.packed.ids[first * length : (first + count) * length])
+            offsets = pa.array(np.arange(count + 1, dtype=np.int32) * np.int32(length))
+            chunks.append(pa.ListArray.from_arrays(offsets, values))
+        column = pa.chunked_array(chunks, pa.list_(pa.int32()))
+        table = InMemoryTable(pa.table({"input_ids": column, "labels": column}))
+        # with names, they need not be made of digests of the rows and of the order
+        rows = Dataset(table, fingerprint="documents")
+        return rows.select(np.asarray(order, dtype=np.int64), keep_in_memory=True, new_fingerprint="rows")
+
+
 # ── what a trainer needs of many rows ────────────────────────────────────────────────────────────
 
 
 def lengths_of(rows: Sequence[dict]) -> list[int]:
     """Return the tokens of each row."""
-    return rows.lengths if isinstance(rows, TextRows) else [len(row["input_ids"]) for row in rows]
+    return rows.lengths if isinstance(rows, TextRows | DocumentRows) else [len(row["input_ids"]) for row in rows]
 
 
 def dataset_of(rows: Sequence[dict], order: Sequence[int]) -> Dataset:
@@ -201,4 +259,6 @@ def dataset_of(rows: Sequence[dict], order: Sequence[int]) -> Dataset:
     """
     from datasets import Dataset
 
-    return rows.taken(order) if isinstance(rows, TextRows) else Dataset.from_list([rows[i] for i in order])
+    if isinstance(rows, TextRows | DocumentRows):
+        return rows.taken(order)
+    return Dataset.from_list([rows[i] for i in order])

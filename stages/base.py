@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.documents import wrap_documents
+from data.documents import pack_documents
+from data.text_rows import DocumentRows
 from data.tokenizer import train_tokenizer
 from pipeline.config.sections import local_folder
 from pipeline.errors import UserError
@@ -107,7 +108,7 @@ def train_from_scratch(
     train, valid = split_documents(source, fraction, session.notes)
     tokenizer = train_tokenizer((document.text for document in train), section.vocab_size)
     train_rows, held_out_rows = (
-        [{"input_ids": r, "labels": r} for r in wrap_documents(tokenizer, documents, length=config.max_length)]
+        DocumentRows(pack_documents(tokenizer, (one.text for one in documents), length=config.max_length))
         for documents in (train, valid)
     )
     if not train_rows or not held_out_rows:

@@ -12,12 +12,11 @@ prompts are answered greedily for people to read (`evaluation/greedy.py`).
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.documents import wrap_documents
 from data.records import own_text, prompt_key
 from data.sources import load
 from data.turns import learnt_prompts
@@ -55,6 +54,7 @@ from stages.settings.evaluate import (
 from stages.settings.experiment import Experiment
 from stages.settings.policies import climbs_own_model, compared_policies, has_rankings, ranks_by_scorers
 from stages.settings.ppo import climbed_folders
+from stages.shared.encoded_documents import load_held_out_text
 from stages.shared.inputs import (
     LengthLimit,
     fit_prompts,
@@ -62,7 +62,7 @@ from stages.shared.inputs import (
     load_records,
     published,
     read_world,
-    split_documents,
+    stream_records,
 )
 from stages.shared.runtime import Runtime, can_pack_rows, check_context, runtime_of, with_accelerator
 from stages.training.session import Session, session_of
@@ -359,13 +359,17 @@ def prepare(
     own_texts = [own_text(records[i]) for i in kept]
 
     # 3. What training data knows of them.
-    demonstrations = load_records("demonstrations", sources["demonstrations"])
+    demonstrations: Iterable = stream_records("demonstrations", sources["demonstrations"])
     if from_sft:
-        demonstrations = [demonstrations[i] for i in split_demonstrations(demonstrations, fraction)[0]]
-    trained = {"demonstrations": learnt_prompts(demonstrations, experiment.sft.turns)}
+        known = list(demonstrations)
+        demonstrations = (known[i] for i in split_demonstrations(known, fraction)[0])
+    turns = experiment.sft.turns
+    trained: dict[str, Iterable] = {
+        "demonstrations": (text for one in demonstrations for text in learnt_prompts([one], turns))
+    }
     for other in training_prompt_kinds(experiment):
         if other != "demonstrations":
-            trained[other] = [own_text(record) for record in load_records(other, sources[other])]
+            trained[other] = map(own_text, stream_records(other, sources[other]))
     world = World.from_json(read_world(inputs)) if getattr(experiment.data, kind) == "world" else None
     if world is None:
         leaked = find_near_copies(own_texts, trained, session.say)
@@ -382,8 +386,8 @@ def prepare(
     context = context_in(inputs["sft"] / "model")
     text_rows = []
     if experiment.data.documents is not None:
-        held_out = split_documents(sources["documents"], fraction)[1]
-        text_rows = wrap_documents(tools.tokenizer, held_out, length=settings.perplexity_length)
+        length, most = settings.perplexity_length, settings.perplexity_rows
+        text_rows = load_held_out_text(sources["documents"], fraction, tools.tokenizer, length, most)
 
     prompts = EvaluationPrompts(
         prompts=texts,
@@ -402,7 +406,7 @@ def prepare(
     longest = longest_row(prompts, tools.tokenizer, forms, settings, context)
     sampler = make_sampler(tools, settings, runtime, experiment.launch, session, longest)
     tools = dataclasses.replace(tools.with_asked(chat_ids, texts), sampler=sampler)
-    return tools, prompts, text_rows[: settings.perplexity_rows]
+    return tools, prompts, text_rows
 
 
 def longest_row(

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.documents import wrap_documents
+from data.documents import PackedRows
 from data.streams import Stream, derive_seed
 from pipeline.errors import UserError
 from pipeline.launch import parallel
-from pipeline.stage import Source, StageRun
+from pipeline.stage import StageRun
 from pipeline.store.checkpoints import Checkpoint
 from stages.models.adapters import AdapterSettings, refuse_untrained, trainable_parameters, with_adapter
 from stages.models.control_tokens import control_ids_of
@@ -40,8 +40,9 @@ from stages.shared.conditional import (
 )
 from stages.shared.demonstrations import Given, load_demonstrations
 from stages.shared.disk import say_written
+from stages.shared.encoded_documents import load_training_text
 from stages.shared.engines import engine_spec
-from stages.shared.inputs import LengthLimit, split_documents
+from stages.shared.inputs import GivenText, LengthLimit
 from stages.shared.provenance import Provenance, provenance_of
 from stages.shared.publishing import adapter_base, publish_model
 from stages.shared.row_cache import RowCache
@@ -84,10 +85,11 @@ def run(ctx: StageRun[SFTSettings, Experiment]) -> dict:
     data = load_demonstrations(session, given, tokenizer, cache)
     steps, more_steps, mixed_rows = total_steps(config, len(data.train)), 0, data.train
     if config.ppo_init is not None:
-        labels = data.train.labels()
         soft_prompt = soft_prompt_of(source)
         length = config.max_length - len(soft_prompt)
-        text = pretraining_rows(config, ctx.source("documents"), fraction, tokenizer, labels, length, ctx.seed)
+        documents = GivenText(ctx.source("documents"), recorded_rows(ctx.data.get("documents", {})))
+        packed = load_training_text(documents, fraction, tokenizer, cache, length)
+        text = pretraining_rows(config, packed, data.train.labels(), ctx.seed)
         mixed_rows = data.train.with_texts(text, soft_prompt)
         more_steps = total_steps(
             config.model_copy(update={**dict(config.ppo_init), "max_steps": None}), len(mixed_rows)
@@ -283,28 +285,21 @@ def optimization_of(config: SFTSettings) -> Optimization:
     )
 
 
-def pretraining_rows(
-    config: SFTSettings, source: Source, fraction: float, tokenizer: Any, labels: int, length: int, seed: int
-) -> list[list[int]]:
-    """Draw packed rows of pretraining text, to be mixed with the demonstrations.
+def pretraining_rows(config: SFTSettings, rows: PackedRows, labels: int, seed: int) -> list[list[int]]:
+    """Draw rows of pretraining text, to be mixed with the demonstrations.
 
     Args:
         config: The stage's settings; `ppo_init.pretraining_fraction` is the share of pretraining
             text in all labels.
-        source: Where the documents are.
-        fraction: Fraction of the documents that is held out.
-        tokenizer: The tokenizer.
+        rows: The training part of the documents.
         labels: Labels of the rows to mix with.
-        length: Tokens of a row.
         seed: The experiment's seed.
     """
-    train, _ = split_documents(source, fraction)
-    rows = wrap_documents(tokenizer, train, length=length)
     if not rows:
-        problem = f"fewer than {length} tokens (a row as long as sft.max_length) of pretraining text"
+        problem = f"fewer than {rows.length} tokens (a row as long as sft.max_length) of pretraining text"
         raise UserError([f"data.documents: {problem}; give more text, or set sft.ppo_init: null"])
     share = config.ppo_init.pretraining_fraction
-    count = max(1, round(labels * share / (1 - share) / (length - 1)))  # a row's first token has no label
+    count = max(1, round(labels * share / (1 - share) / (rows.length - 1)))  # a row's first token has no label
     order = Stream(len(rows), derive_seed(seed, "ppo_init")).take(count)
     return [rows[i] for i in order]
 

@@ -161,7 +161,7 @@ MUTANTS = [
         "c.value_schedule(run.updates)",
         "c.schedule(run.updates)",
     ),
-    Mutant("ppo", "ptx on held-out text", "    train, _ = split_documents(", "    _, train = split_documents("),
+    Mutant("ppo", "ptx on held-out text", "trains = np.asarray(positions) >", "trains = np.asarray(positions) <="),
     Mutant(
         "ppo",
         "ptx_coef does not weigh the gradient",
@@ -244,9 +244,7 @@ MUTANTS = [
         "kl.target, c.batch_size, kl.horizon",
         "kl.target, c.mini_batch_size, kl.horizon",
     ),
-    Mutant(
-        "ppo", "held-out prompts are trained on", "    return [loaded[i] for i in train], [", "    return loaded, ["
-    ),
+    Mutant("ppo", "held-out prompts are trained on", "return part_of(prompts, ~is_held_out), ", "return prompts, "),
     Mutant(
         "ppo",
         "the best policy is the one of the highest score, whatever its KL",
@@ -748,10 +746,15 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "perplexity of training text",
-        'held_out = split_documents(sources["documents"], fraction)[1]',
-        'held_out = split_documents(sources["documents"], fraction)[0]',
+        "zip(texts_of(source), positions, strict=True) if position <= limit)",
+        "zip(texts_of(source), positions, strict=True) if position > limit)",
     ),
-    Mutant("evaluate", "perplexity of all held-out rows", "text_rows[: settings.perplexity_rows]", "text_rows"),
+    Mutant(
+        "evaluate",
+        "perplexity of all held-out rows",
+        "np.empty(0, IDS), length)[:most]",
+        "np.empty(0, IDS), length)[:]",
+    ),
     Mutant(
         "evaluate",
         "perplexity of SFT for every policy",
@@ -908,8 +911,8 @@ MUTANTS = [
     Mutant(
         "evaluate",
         "tasks that the corpus asks are unknown",
-        "world.knows(prompt)], documents)",
-        "world.knows(prompt)], [])",
+        "tasks = world.tasks_in(of_world(), documents)",
+        "tasks = world.tasks_in(of_world(), [])",
     ),
     Mutant(
         "evaluate",

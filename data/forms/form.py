@@ -101,6 +101,11 @@ class Form:
 
     def __str__(self) -> str:
         """Return name and keys, as in error lines: "hh-rlhf {chosen, rejected}"."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """Return what `__str__` does: the rows of a file are counted by it."""
         also = [f"{key}?" for key in self.also if key not in OTHER_NAMES]
         keys = "{" + ", ".join([*self.needs, *also]) + "}"
         return f"{self.name} {keys}" if self.name else keys

@@ -26,6 +26,15 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+def sha256_json_list(items: Iterable[Any]) -> str:
+    """Return what `sha256_json` gives of the list of these JSON values, without holding it."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update((b"," if number else b"") + canonical_json(item))
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's contents, in hexadecimal."""
     with open(path, "rb") as file:

@@ -1,18 +1,20 @@
 """Evaluate the policy on held-out prompts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.encode import decode_response
+from data.prompt_rows import EncodedPrompt
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.models.sharding import is_sharded
 from stages.ppo.figures import DROPPED, OF_PARTS, describe
-from stages.ppo.inputs import LoadedPrompt, drawn_prompt
 from stages.ppo.options import KlControl
+from stages.ppo.prompts import drawn_prompt
 from stages.ppo.sampling import Sampler
 from stages.ppo.scoring import scorer_spec
 from stages.ppo.state import Run
@@ -31,7 +33,7 @@ FIGURES = {  # name in evaluations.jsonl → name in metrics.jsonl
 }
 
 
-def evaluate(run: Run, sampler: Sampler, held_out: list[LoadedPrompt], kl: KlControl, step: int) -> None:
+def evaluate(run: Run, sampler: Sampler, held_out: Sequence[EncodedPrompt], kl: KlControl, step: int) -> None:
     """Evaluate the policy after an update.
 
     Figures and samples are recorded, the policy is compared with the best one, alarms are raised.
@@ -100,7 +102,7 @@ def held_out_scores(sampler: Sampler, rollout: Rollout) -> Tensor:
     return sampling.scores.apply(scores, rollout.finished.cpu(), rollout.mask.sum(-1).cpu())
 
 
-def shown_samples(sampler: Sampler, rollout: Rollout, held_out: list[LoadedPrompt]) -> list[dict[str, Any]]:
+def shown_samples(sampler: Sampler, rollout: Rollout, held_out: Sequence[EncodedPrompt]) -> list[dict[str, Any]]:
     """Return the two best and the two worst responses, as rows of samples.jsonl."""
     kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).tolist()
     order = rollout.scores.argsort().tolist()

@@ -8,13 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from data.documents import wrap_documents
-from data.error_lines import shorten
-from data.records import own_text, prompt_key
+from data.documents import PackedRows
+from data.prompt_rows import PromptRows
 from data.streams import Stream, derive_seed
-from data.streams import held_out as hold_out
 from pipeline.errors import UserError
-from pipeline.stage import Source
 from stages.models.adapters import AdapterSettings
 from stages.models.ensemble import load_ensemble, members
 from stages.models.ensemble_folder import others_of
@@ -22,15 +19,17 @@ from stages.models.loading import load_scalar_model, load_tokenizer
 from stages.models.packing import can_pack
 from stages.models.roles import NamedFolder, RewardFolder, RoleFolders, RoleOptions, Roles, load_roles, make_on_device
 from stages.models.same_tokenizer import difference_of
+from stages.ppo.prompts import drawn_prompt
 from stages.rollouts.rollout import DrawnPrompt
 from stages.scorers.text_reader import TextReader, text_reader_of
 from stages.settings.experiment import Experiment
 from stages.settings.peft import peft_of
 from stages.settings.ppo import PPOSettings, has_value_model, named_rewards
 from stages.settings.reward_base import has_own_base, trunk_stage
-from stages.settings.scorers.common import ScorerSection
 from stages.settings.scorers.model import ModelScorer
-from stages.shared.inputs import LengthLimit, fit_prompts, load_placed_records, split_documents
+from stages.shared.encoded_documents import load_training_text
+from stages.shared.inputs import GivenText
+from stages.shared.row_cache import RowCache
 from stages.shared.runtime import Runtime, can_pack_rows, compiling_of, cut_rows_of
 from stages.training.session import Session
 
@@ -51,28 +50,14 @@ class TextRewardModel:
 
 
 @dataclass(frozen=True)
-class LoadedPrompt:
-    """A prompt within the limits."""
-
-    prompt: Any
-    """Text or messages, as the file has it."""
-    ids: list[int]
-    """The same as token ids."""
-    data_row: dict
-    """Its row of data, which scorers of texts read."""
-    place: str
-    """The location of that row, for error lines."""
-
-
-@dataclass(frozen=True)
 class Streams:
     """The prompts and pretraining rows of a run, drawn in another order in each epoch."""
 
-    train: list[LoadedPrompt]
+    train: PromptRows
     """Training prompts."""
     prompts: Stream
     """Draws indices of them."""
-    ptx_rows: list[list[int]]
+    ptx_rows: Sequence[list[int]]
     """Packed pretraining rows; empty for plain PPO."""
     ptx: Stream | None
     """Draws indices of them; None for plain PPO."""
@@ -84,16 +69,6 @@ class Streams:
     def next_texts(self, count: int) -> list[list[int]]:
         """Return the next pretraining rows."""
         return [self.ptx_rows[i] for i in self.ptx.take(count)]
-
-
-def drawn_prompt(prompt: LoadedPrompt, index: int) -> DrawnPrompt:
-    """Return a prompt as responses are sampled to it.
-
-    Args:
-        prompt: The prompt.
-        index: Its index in the list that it was drawn from.
-    """
-    return DrawnPrompt(prompt.ids, index, prompt.data_row, prompt.place)
 
 
 def start_folder(sft: Path, has_ppo_init: bool) -> Path:
@@ -262,75 +237,25 @@ def load_models(
     return replace(roles, packed=can_pack_rows(session, roles.models(), max_length))
 
 
-def load_prompts(
-    session: Session, c: PPOSettings, tokenizer: Any, source: Source
-) -> tuple[list[LoadedPrompt], list[LoadedPrompt]]:
-    """Load the prompts, and split off the held-out ones by their text.
-
-    Args:
-        session: The run, for a line on the lengths.
-        c: The stage's settings.
-        tokenizer: The tokenizer with its chat template.
-        source: Where the prompts are.
-
-    Returns:
-        Training prompts and held-out ones.
-
-    Raises:
-        UserError: If fewer than two prompts are left within the limits.
-    """
-    records, places = load_placed_records("prompts", source, session.notes)
-    if len(records) < 2:
-        raise UserError([f"data.prompts: {len(records)} prompt; PPO needs at least 2, one of them to hold out"])
-    limit = LengthLimit(c.max_length, c.on_too_long, session.stage)
-    prompts = (r.prompt for r in records)
-    kept, ids, report = fit_prompts(tokenizer, prompts, places, limit, c.response_length)
-    session.say(report.line("prompts"))
-    keys = [prompt_key(own_text(records[i])) for i in kept]
-    train, held = hold_out(keys, 0.0, least=max(1, min(c.eval_prompts, len(ids) // 5)))
-    if not held:
-        raise UserError(
-            [
-                f"data.prompts: one prompt is left within {c.max_length - c.response_length} tokens; PPO needs at "
-                f"least 2, one of them to hold out"
-            ]
-        )
-    loaded = [LoadedPrompt(records[i].prompt, ids[at], records[i].row(), places[i]) for at, i in enumerate(kept)]
-    return [loaded[i] for i in train], [loaded[i] for i in held]
-
-
-def refuse_rows(rewards: Sequence[ScorerSection], prompts: Sequence[LoadedPrompt]) -> None:
-    """Raise UserError if a scorer cannot score by the row of a prompt, before anything is sampled.
-
-    Args:
-        rewards: The settings of the scorers.
-        prompts: The prompts.
-    """
-    rows, places = [prompt.data_row for prompt in prompts], [prompt.place for prompt in prompts]
-    lines = [line for settings in rewards for line in settings.row_problems(rows, places)]
-    if lines:
-        raise UserError(shorten(lines))
-
-
-def load_ptx_rows(c: PPOSettings, tokenizer: Any, source: Source, validation_fraction: float) -> list[list[int]]:
+def load_ptx_rows(c: PPOSettings, tokenizer: Any, given: GivenText, fraction: float, cache: RowCache) -> PackedRows:
     """Load the training part of the documents as packed pretraining rows of ptx_length tokens.
 
     Args:
         c: The stage's settings.
         tokenizer: The tokenizer.
-        source: Where the documents are.
-        validation_fraction: The fraction of documents that is held out, in all stages.
+        given: Where the documents are.
+        fraction: The fraction of documents that is held out, in all stages.
+        cache: Where their ids are kept.
 
     Raises:
         UserError: If the documents do not fill one row.
     """
-    train, _ = split_documents(source, validation_fraction)
-    rows = wrap_documents(tokenizer, train, length=c.ptx_length)
-    if not rows:
+    packed = load_training_text(given, fraction, tokenizer, cache, c.ptx_length)
+    if not packed:
         raise UserError(
             [
                 f"data.documents: fewer than ppo.ptx_length = {c.ptx_length} tokens of pretraining text; "
                 f"lower it, give more text, or set ppo.ptx_coef: 0"
             ]
         )
-    return rows
+    return packed

@@ -8,15 +8,18 @@ numbered list 1 … 7.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from data import answer_lengths
+from data.prompt_rows import PromptRows
 from data.streams import Stream, derive_seed
 from pipeline.errors import UserError
-from pipeline.stage import Source, StageRun
+from pipeline.stage import StageRun
+from pipeline.store.cache import Cache
 from stages.objectives.advantages import gae, grpo, rloo
 from stages.objectives.control import adaptive_kl_coef
 from stages.objectives.importance import importance_figures, importance_weights
@@ -25,14 +28,11 @@ from stages.objectives.rewards import kl_per_token, token_rewards
 from stages.ppo.evaluation import evaluate
 from stages.ppo.figures import OF_KL, OF_PTX, OF_UPDATE, OF_VALUES, describe, not_finite_episodes
 from stages.ppo.inputs import (
-    LoadedPrompt,
     Streams,
     load_models,
-    load_prompts,
     load_ptx_rows,
     load_text_model,
     own_text_reader,
-    refuse_rows,
     role_folders,
     start_folder,
     text_reward_line,
@@ -48,6 +48,7 @@ from stages.ppo.options import (
     sampling_options,
     update_options,
 )
+from stages.ppo.prompts import load_prompts, refuse_rows
 from stages.ppo.publish import Publication, publish
 from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.scoring import make_scorers
@@ -68,7 +69,9 @@ from stages.settings.ppo import (
 from stages.settings.scorers.model import ModelScorer
 from stages.shared.disk import say_written
 from stages.shared.engines import engine_rules, engine_spec
+from stages.shared.inputs import GivenText
 from stages.shared.provenance import Provenance, provenance_of
+from stages.shared.row_cache import RowCache
 from stages.shared.runtime import (
     Runtime,
     adapter_settings,
@@ -77,6 +80,7 @@ from stages.shared.runtime import (
     runtime_of,
     with_accelerator,
 )
+from stages.shared.source_words import recorded_rows
 from stages.training.session import Session, session_of
 
 
@@ -90,7 +94,7 @@ class Setup:
     """The models, and the engine that samples."""
     streams: Streams
     """What prompts and pretraining rows are drawn from."""
-    held_out: list[LoadedPrompt]
+    held_out: PromptRows
     """Prompts of the held-out evaluation."""
     publication: Publication
     """What the cards of the published models say."""
@@ -106,7 +110,8 @@ def run(ctx: StageRun[PPOSettings, Experiment]) -> dict:
     """
     c = ctx.config
     session, runtime, provenance = session_of(ctx), with_accelerator(runtime_of(ctx)), provenance_of(ctx)
-    setup = set_up(ctx.experiment, session, runtime, provenance, ctx.sources, ctx.confirm_folders)
+    given = {kind: GivenText(source, recorded_rows(ctx.data.get(kind, {}))) for kind, source in ctx.sources.items()}
+    setup = set_up(ctx.experiment, session, runtime, provenance, given, ctx.cache, ctx.confirm_folders)
     run, sampler, streams = setup.run, setup.sampler, setup.streams
     held_out = setup.held_out
     kl, how, options = kl_control(c), advantage_options(c), update_options(c, session.seed)
@@ -160,7 +165,8 @@ def set_up(
     session: Session,
     runtime: Runtime,
     provenance: Provenance,
-    sources: dict[str, Source],
+    given: dict[str, GivenText],
+    kept: Cache,
     confirm_folders: Callable[[], None],
 ) -> Setup:
     """Load models and data; return everything that a run iterates with.
@@ -170,7 +176,8 @@ def set_up(
         session: The run: its seed, checkpoints and tracker.
         runtime: How the models compute.
         provenance: What the published models are made of: upstream artifacts, and where to publish.
-        sources: Where each kind of data is.
+        given: Where each kind of data is.
+        kept: The stage's cache, for encoded prompts and documents.
         confirm_folders: Raises UserError if files of named reward models have changed meanwhile.
     """
     c = experiment.ppo
@@ -217,13 +224,15 @@ def set_up(
     rules = engine_rules(c.rollout)
     sampler = make_sampler(roles, scorer, sampling_options(c), rules, session.seed, name, spec, session.say)
 
-    train, held_out = load_prompts(session, c, roles.tokenizer, sources["prompts"])
-    refuse_rows(rewards, [*train, *held_out])
-    drawn = refuse_other_prompts(drawn, [prompt.ids for prompt in train])
-    ptx_rows, ptx = [], None
+    cache = RowCache(kept, folders.policy, session.tracker, partial(session.leave_if_requested, 0, 0))
+    train, held_out = load_prompts(session, c, roles.tokenizer, given["prompts"], cache)
+    refuse_rows(rewards, train, held_out)
+    drawn = refuse_other_prompts(drawn, train)
+    ptx_rows: Sequence[list[int]] = []
+    ptx = None
     if c.ptx_coef:
         fraction = experiment.data.validation_fraction
-        ptx_rows = load_ptx_rows(c, roles.tokenizer, sources["documents"], fraction)
+        ptx_rows = load_ptx_rows(c, roles.tokenizer, given["documents"], fraction, cache)
         ptx = Stream(len(ptx_rows), derive_seed(session.seed, "ptx"), cursor=drawn.ptx_rows)
     prompts = Stream(len(train), derive_seed(session.seed, "prompts"), cursor=drawn.prompts)
     answer_tokens = provenance.manifests["sft"]["metrics"].get("answer_tokens", [])

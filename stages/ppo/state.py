@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from data.prompt_rows import PromptRows
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.store import integrity
 from stages.models.roles import Roles
@@ -170,14 +171,14 @@ def total_updates(session: Session, c: PPOSettings, drawn: Drawn) -> int:
     return done + left // c.batch_size
 
 
-def refuse_other_prompts(drawn: Drawn, train: list[list[int]]) -> Drawn:
+def refuse_other_prompts(drawn: Drawn, train: PromptRows) -> Drawn:
     """Return `drawn` with the digest of the training prompts.
 
     Raises:
         UserError: If the run has drawn from other prompts so far: their order would be another one,
             and some would be drawn twice.
     """
-    digest = integrity.sha256_json(train)
+    digest = integrity.sha256_json_list(map(train.ids, range(len(train))))
     if drawn.prompts_digest not in (None, digest):
         raise UserError(
             "ppo: the prompts within the limits are not those that the interrupted run draws from; set ppo.max_length, "

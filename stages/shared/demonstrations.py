@@ -1,7 +1,5 @@
 """Encode demonstrations as they are read, keep the rows, and split them by conversation."""
 
-import json
-import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,13 +20,11 @@ from pipeline.errors import UserError
 from pipeline.stage import Source
 from stages.settings.checks import reader_source
 from stages.shared.data_notes import NotTaken, not_taken
-from stages.shared.inputs import LengthLimit
+from stages.shared.inputs import LengthLimit, content_of
 from stages.shared.row_cache import RowCache
 from stages.shared.show import off_template_line
 from stages.training.session import Session
 
-COMMIT = re.compile("[0-9a-f]{40}")
-"""A commit on the Hub, which always holds the same files."""
 NAME = "demonstrations"
 """The name of the rows in the cache."""
 
@@ -70,11 +66,8 @@ class Given:
 
     def made_of(self) -> list[Any] | None:
         """Return what the rows depend on; None if the content of a source is not known."""
-        for part in self.source.parts or (self.source,):
-            if part.sha256 is None and not COMMIT.fullmatch(part.revision or ""):
-                return None
-        reader = json.loads(json.dumps(asdict(reader_source(self.source)), default=str))
-        return [reader, self.fraction, asdict(self.limit), self.turns]
+        content = content_of(self.source)
+        return None if content is None else [content, self.fraction, asdict(self.limit), self.turns]
 
 
 def load_demonstrations(session: Session, given: Given, tokenizer: Any, cache: RowCache) -> Demonstrations:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,9 @@ from pipeline.store import integrity
 from stages.settings.checks import reader_source
 from stages.shared.data_notes import DataNotes
 from stages.shared.row_cache import RowCache
+
+COMMIT = re.compile("[0-9a-f]{40}")
+"""A commit on the Hub, which always holds the same files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,20 @@ def load_placed_records(kind: str, source: Source, notes: DataNotes | None = Non
     return loaded.records, loaded.locations
 
 
+def stream_records(kind: str, source: Source) -> Iterator[Any]:
+    """Yield the records of a kind one by one; at the end UserError with the errors of the data.
+
+    Args:
+        kind: The kind of record.
+        source: Where they are.
+    """
+    loaded = Loaded()
+    for _, record in sources.stream(kind, reader_source(source), loaded):
+        yield record
+    if loaded.errors:
+        raise UserError(shorten(loaded.errors))
+
+
 def split_documents(source: Source, fraction: float, notes: DataNotes | None = None) -> tuple[list, list]:
     """Load the documents and split them, in the same way for every stage of an experiment.
 
@@ -82,6 +100,28 @@ def split_documents(source: Source, fraction: float, notes: DataNotes | None = N
     documents = load_records("documents", source, notes)
     train, held = held_out([d.text for d in documents], fraction)
     return [documents[i] for i in train], [documents[i] for i in held]
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenText:
+    """Say where records of one kind are, and how many."""
+
+    source: Source
+    """Where they are."""
+    rows: int | None
+    """How many there are about, for progress; None if that is not known."""
+
+
+def content_of(source: Source) -> dict[str, Any] | None:
+    """Return what records depend on, as JSON values; None if the content of a part is not known.
+
+    Args:
+        source: Where they are.
+    """
+    for part in source.parts or (source,):
+        if part.sha256 is None and not COMMIT.fullmatch(part.revision or ""):
+            return None
+    return json.loads(json.dumps(dataclasses.asdict(reader_source(source)), default=str))
 
 
 def fit_prompts(

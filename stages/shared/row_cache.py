@@ -1,8 +1,8 @@
 """Keep encoded rows beside a stage, so that only the first start of it encodes them.
 
-An entry is one or more Arrow files and a JSON file with their digests, which says what they were
-made of and is written last. An entry that was made of anything else, or that is damaged, is made
-again.
+An entry is one or more files that are mapped into memory, and a JSON file with their digests, which
+says what they were made of and is written last. An entry that was made of anything else, or that is
+damaged, is made again.
 """
 
 import json

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.near_copies import bands, near_copies, nearest_copies
+from data.near_copies import CopyFilter, bands, near_copies, nearest_copies
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 word = st.sampled_from("abcdefg")
@@ -34,6 +34,21 @@ def test_near_copies_reach_the_threshold_and_the_nearest_is_found(mine, theirs, 
             assert max(index, default=0.0) < threshold
         else:
             assert index[found] == max(index) >= threshold and index.index(max(index)) == found
+
+
+@SETTINGS
+@given(texts, texts, st.sampled_from([0.5, 0.75, 0.8, 1.0]))
+def test_a_filtered_stream_has_the_same_near_copies(mine, theirs, threshold):
+    passed = list(CopyFilter.of(mine, threshold).passing(iter(theirs * 2)))
+    assert near_copies(mine, passed, threshold) == near_copies(mine, theirs, threshold)
+    assert all(any(set(text.split()) & set(own.split()) for own in mine) for text in passed)
+
+
+def test_hardly_any_text_passes_that_is_no_copy():
+    rng = random.Random(0)
+    vocabulary = [f"w{i}" for i in range(50)]
+    mine, theirs = ([" ".join(rng.choices(vocabulary, k=rng.randrange(6, 60))) for _ in range(300)] for _ in range(2))
+    assert list(CopyFilter.of(mine).passing([*theirs, *mine])) == mine
 
 
 def mended(rng, words: list[str], vocabulary: list[str]) -> str:
