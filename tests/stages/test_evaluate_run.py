@@ -24,8 +24,7 @@ from data.world import writers as world_writers
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
-from stages import evaluate
-from stages.evaluation import tools
+from stages.evaluation import tools, turns
 from stages.evaluation.measuring import Answered
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
@@ -640,9 +639,7 @@ class TestAgain:
         states = {call.args[1]: call.args[3]["answered"] for call in saves}
         assert list(states) == [1, 2, 3, 4, 5, 6], "five policies and SFT; after the reward model all is done"
         before = json.loads(json.dumps(states[spoken]))
-        monkeypatch.setattr(
-            evaluate, "answered_before", lambda _: {name: Answered(**own) for name, own in before.items()}
-        )
+        monkeypatch.setattr(turns, "answered_before", lambda _: {name: Answered(**own) for name, own in before.items()})
         calls, loads = spy(monkeypatch, FrozenSampler, "sample"), spy(monkeypatch, tools, "load_policy")
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
@@ -680,8 +677,8 @@ class TestAgain:
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
         store.save(1, {}, {"policies": {"base": {}}})
         with pytest.raises(UserError, match="--restart"):
-            evaluate.answered_before(store)
-        assert evaluate.answered_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
+            turns.answered_before(store)
+        assert turns.answered_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
 
 
 class TestNearCopies:
