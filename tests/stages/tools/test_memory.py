@@ -120,7 +120,6 @@ class TestStagesThatSample:
         assert needs["evaluate"].weights == policy
         assert needs["judging"].weights == pytest.approx(2 * policy, rel=0.01)
         assert self.needs("rm.ensemble=1")["judging"].weights == needs["judging"].weights // 2
-        assert self.needs("evaluate.policies=[sft]", "data.prompts=null")["judging"].most == 0, "nobody judges"
 
     def test_best_of_more_samples_takes_no_more(self):
         """Samples are drawn four batches at a time, and scored in batches."""
