@@ -668,10 +668,13 @@ class TestAgain:
 
         monkeypatch.setattr(tools, "load_policy", watched(tools.load_policy, 0))
         monkeypatch.setattr(tools, "load_scalar_model", watched(tools.load_scalar_model, 1))
-        again = self.again(chain, files, prompts, tmp_path / "two")
+        choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
+        more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
+        manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
+        finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
         assert most == [1] * 5 + [1, 2] + [1] * 4 + [1, 2], "the reward model reads the greedy answers too"
         name = "responses.jsonl"
-        assert (again.finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
+        assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
     def test_a_checkpoint_of_another_version_is_refused(self, tmp_path):
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
