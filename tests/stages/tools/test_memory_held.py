@@ -17,7 +17,7 @@ from stages.tools.memory_step import take_passes
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 EVALUATE = ["max_length=48", "response_length=8", "perplexity_length=8", "batch_size=4", "num_prompts=3"]
-PPO = ["batch_size=4", "mini_batch_size=4", "total_episodes=4", "response_length=8", "max_length=48"]
+PPO = ["batch_size=4", "mini_batch_size=4", "total_episodes=4", "response_length=8", "max_length=48", "ptx_length=16"]
 LLAMA_3_1_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
@@ -105,9 +105,7 @@ def test_chat_holds_two_policies_and_the_judge(chain, monkeypatch, held, dtype):
         assert not reply(speaker, "what color is the fox ?", settings, 1, dtype, judge).problem
     config, passes = passing(experiment, dtype)
     needs = {need.stage: need for need in memory.of_commands(experiment, config, passes, dtype, "cpu")}
-    assert held["reward model", dtype == "bfloat16"] == pytest.approx(
-        needs["chat"].weights, rel=0.01
-    )  # so are they here
+    assert held["reward model", dtype == "bfloat16"] == pytest.approx(needs["chat"].weights, rel=0.01)
 
 
 def of_8b(monkeypatch, *settings):
