@@ -8,6 +8,8 @@ A base model that never saw the chat template is prompted in plain text (`evalua
 Intervals are over tasks in the embedded world, otherwise over prompts (`evaluation/statistics.py`).
 Three checks of over-optimisation need no gold scorer (`evaluation/overoptimisation.py`), and some
 prompts are answered greedily for people to read (`evaluation/greedy.py`).
+One model at a time is on the device: the policies answer one after the other, then the reference
+and each judge read all answers (`evaluation/turns.py`).
 """
 
 import dataclasses
@@ -21,24 +23,21 @@ from data.records import own_text, prompt_key
 from data.sources import load
 from data.turns import learnt_prompts
 from data.world.world import World
-from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
-from pipeline.store.checkpoints import CheckpointStore
 from pipeline.tracking import json_value
 from stages.evaluation.climbed import Climbed, judges_of, judges_of_settings
 from stages.evaluation.comparison import compare, manifest_figures
-from stages.evaluation.forms import DESCRIPTIONS, Form, form_of_base
+from stages.evaluation.forms import Form, form_of_base
 from stages.evaluation.greedy import greedy_length, greedy_rows
 from stages.evaluation.leaked import find_leaked_tasks, find_near_copies
-from stages.evaluation.measuring import gold_scores, measure
 from stages.evaluation.panel import Opinion, Panel, judge_all, people_by_models, peoples_pairs, with_opinions
 from stages.evaluation.panel_results import panel_figures
 from stages.evaluation.prompts import EvaluationPrompts, choose_examples, choose_records, row_of, split_demonstrations
 from stages.evaluation.results import Measured
 from stages.evaluation.rounds import folders_of, measure_rounds
 from stages.evaluation.selecting import make_selector
-from stages.evaluation.text import text_losses
 from stages.evaluation.tools import Tools, load_tools, make_sampler
+from stages.evaluation.turns import Work, measure_all
 from stages.evaluation.writing import response_rows, write_jsonl
 from stages.settings.checks import context_of
 from stages.settings.evaluate import (
@@ -64,7 +63,7 @@ from stages.shared.inputs import (
     read_world,
     stream_records,
 )
-from stages.shared.runtime import Runtime, can_pack_rows, check_context, runtime_of, with_accelerator
+from stages.shared.runtime import Runtime, check_context, runtime_of, with_accelerator
 from stages.training.session import Session, session_of
 
 
@@ -88,32 +87,15 @@ def run(ctx: StageRun[EvaluateSettings, Experiment]) -> dict:
     for line in missing_figures(experiment, judged="rm" in ctx.inputs):
         session.say(line)
 
-    # 2. Measure each policy, with a checkpoint after each. A resumed run may have measured more
-    # than it compares now: evaluate.policies can change.
-    measured = measured_before(session.checkpoints)
-    steps = len(names) + len(settings.named_judges)
-    with session.tracker.progress(len(names), "evaluate", len(measured)) as progress:
-        for name in names:
-            if name in measured:
-                continue
-            form = form_of_base(settings.base_prompt, experiment.model.name_or_path) if name == "base" else "chat"
-            if form != "chat":
-                session.say(f"base is prompted {DESCRIPTIONS[form]}")
-            poll = partial(session.leave_if_requested, len(measured), steps)
-            measured[name] = measure_policy(tools, name, form, prompts, text_rows, settings, session.seed, poll)
-            progress.update(len(measured))
-            if len(measured) < steps:
-                state = {"measured": {name: of_policy.state() for name, of_policy in measured.items()}}
-                session.checkpoints.save(len(measured), {}, state, steps)
-                session.leave_if_requested(len(measured), steps)
-
-    if tools.selector is not None:
-        tools.selector.scorer.close()
+    # 2. Let each policy answer, then each model say what it makes of the answers.
+    work = Work(session, total=len(names) + 1 + len(tools.judges) + len(settings.named_judges))
+    measured = measure_all(work, tools, prompts, text_rows, settings, names, experiment)
 
     # 3. Let the judges of the settings judge, with a checkpoint after each; then greedy answers for
     # the report.
-    measured, panel, opinions = ask_judges(ctx, session, tools, prompts, {name: measured[name] for name in names})
-    poll = partial(session.leave_if_requested, steps - 1, steps)
+    tools.one.drop()
+    measured, panel, opinions = ask_judges(ctx, work, tools, prompts, measured)
+    poll = partial(session.leave_if_requested, work.total - 1, work.total)
     context = context_in(ctx.inputs["sft"] / "model")
     greedy = greedy_rows(tools, prompts, measured, settings, context, poll)
     tools.sampler.close()
@@ -183,45 +165,12 @@ def publish_rounds(
         measured,
         judge=judge,
         temperature=ctx.config.temperature,
-        runtime=with_accelerator(runtime_of(ctx)),
         poll=poll,
     )
     ctx.confirm_folders()  # those of earlier rounds have been read
     text = json.dumps(json_value(figures), indent=1) + "\n"
     (ctx.publish / "rounds.json").write_text(text, encoding="utf-8")
     return figures["notes"]
-
-
-def measure_policy(
-    tools: Tools,
-    name: str,
-    form: Form,
-    prompts: EvaluationPrompts,
-    text_rows: Sequence[list[int]],
-    settings: EvaluateSettings,
-    seed: int,
-    poll: Callable[[], None],
-) -> Measured:
-    """Load a policy, and measure it; it is freed at the end.
-
-    Args:
-        tools: The sampler, the judges, and how to load the policy.
-        name: Name of the policy.
-        form: How it is prompted.
-        prompts: The evaluation prompts.
-        text_rows: Packed rows of held-out pretraining text.
-        settings: The section evaluate.
-        seed: The experiment's seed.
-        poll: Called between tokens; raises if the run is to stop.
-    """
-    policy = tools.policy_of(name)
-    queries = prompts.queries(tools.tokenizer, form)
-    answers = measure(tools, policy, queries, prompts.chat_ids, settings, seed=seed, poll=poll)
-    losses = None
-    if name != "best_of_n":  # its probabilities are not those of any model
-        losses = text_losses(policy.model, text_rows, tools.accelerator, settings.batch_size)
-    gold = gold_scores(prompts.world, prompts.prompts, answers["responses"], answers["finished"])
-    return Measured(asked=form, gold=gold, text_losses=losses, **answers)
 
 
 def with_selector(
@@ -245,7 +194,7 @@ def with_selector(
 
 def ask_judges(
     ctx: StageRun[EvaluateSettings, Experiment],
-    session: Session,
+    work: Work,
     tools: Tools,
     prompts: EvaluationPrompts,
     measured: dict[str, Measured],
@@ -254,7 +203,7 @@ def ask_judges(
 
     Args:
         ctx: The run.
-        session: The run, for checkpoints and lines.
+        work: The run, and what is done of it.
         tools: The tokenizer, and where models run.
         prompts: The evaluation prompts.
         measured: What was measured of each policy.
@@ -263,7 +212,7 @@ def ask_judges(
         The same with what the judges said of each; the panel, None without judges; and what each
         judge said.
     """
-    settings = ctx.config
+    settings, session = ctx.config, work.session
     named = settings.named_judges
     if not named:
         return measured, None, {}
@@ -282,25 +231,17 @@ def ask_judges(
         trust_remote_code=ctx.trust_remote_code,
     )
     checkpoint = session.checkpoints.newest()
-    opinions = {} if checkpoint is None else {
-        name: Opinion(**state) for name, state in checkpoint.state.get("judged", {}).items()
-    }  # fmt: skip
-    total = len(measured) + len(named)
+    before = {} if checkpoint is None else checkpoint.state
+    opinions = {name: Opinion(**state) for name, state in before.get("judged", {}).items()}
     with session.tracker.progress(len(named), "judges", len(opinions)) as progress:
         for name in named:
             if name in opinions:
+                work.finish(None)
                 continue
-            done = len(measured) + len(opinions)
-            poll = partial(session.leave_if_requested, done, total)
-            opinions[name] = judge_all(panel, name, tools, prompts, measured, poll)
+            opinions[name] = judge_all(panel, name, tools, prompts, measured, work.poll())
             progress.update(len(opinions))
-            if done + 1 < total:
-                state = {
-                    "measured": {policy: own.state() for policy, own in measured.items()},
-                    "judged": {judge: opinion.state() for judge, opinion in opinions.items()},
-                }
-                session.checkpoints.save(done + 1, {}, state, total)
-                session.leave_if_requested(done + 1, total)
+            judged = {judge: opinion.state() for judge, opinion in opinions.items()}
+            work.finish({"answered": before["answered"], "judged": judged})
     for name in named:
         if opinions[name].invalid:
             session.say(f"warning: {name}: {opinions[name].invalid} of {opinions[name].asked} verdicts are not valid")
@@ -332,8 +273,8 @@ def prepare(
     # 1. The judges.
     check_context(session, settings, inputs["sft"] / "model", *text_lengths(experiment))
     runtime = with_accelerator(runtime)
-    tools = load_tools(runtime, inputs, settings, experiment.sft.ppo_init is not None, experiment.rm.on_too_long)
-    tools = dataclasses.replace(tools, packed=can_pack_rows(session, tools.models(), settings.max_length))
+    has_ppo_init, on_too_long = experiment.sft.ppo_init is not None, experiment.rm.on_too_long
+    tools = load_tools(session, runtime, inputs, settings, has_ppo_init, on_too_long)
 
     # 2. The prompts that leave room for a response. Without evaluation prompts: those of the
     # demonstrations that sft holds out.
@@ -458,14 +399,3 @@ def climbed_by_ppo(experiment: Experiment) -> Climbed:
     labels = experiment.rankings.scorer or [] if ranks_by_scorers(experiment) else []
     selector = experiment.evaluate.best_of_by
     return Climbed(own=climbs_own_model(experiment), others=others, selector=selector, labels=labels)
-
-
-def measured_before(checkpoints: CheckpointStore) -> dict[str, Measured]:
-    """Return what an interrupted run measured, by policy."""
-    checkpoint = checkpoints.newest()
-    if checkpoint is None:
-        return {}
-    states = checkpoint.state.get("measured")
-    if states is None or not all(isinstance(state.get("scores"), dict) for state in states.values()):
-        raise UserError("evaluate: the checkpoint was written by another version; start again with --restart")
-    return {name: Measured(**state) for name, state in states.items()}

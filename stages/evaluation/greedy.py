@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 from data.streams import derive_seed
 from stages.evaluation.forms import Answer, Query, parse_answer
+from stages.evaluation.judges import REWARD_MODEL
 from stages.evaluation.prompts import EvaluationPrompts
 from stages.evaluation.results import Measured
 from stages.evaluation.shown_prompts import chosen_prompts
-from stages.evaluation.tools import Policy, Tools
+from stages.evaluation.tools import Tools
 from stages.rollouts.engine import SampleRequest
 from stages.settings.evaluate import EvaluateSettings
 
@@ -43,18 +44,19 @@ def greedy_rows(
         score, gold?}. `score` is None without a reward model, and for an answer too long for
         max_length.
     """
-    count = SHOWN if settings.greedy_prompts is None else settings.greedy_prompts
-    indices = sorted({i for _, group in chosen_prompts(measured, count) for i in group})
+    indices = sorted({i for _, group in chosen_prompts(measured, greedy_prompts(settings)) for i in group})
     if not indices:
         return []
+    names = [name for name in measured if name != "best_of_n"]
+    chat_ids = [prompts.chat_ids[i] for i in indices]
+    answers = {}
+    for name in names:  # all policies answer before the reward model takes their place on the device
+        queries = prompts.queries(tools.tokenizer, measured[name].asked, indices)
+        answers[name] = answer_greedily(tools, name, queries, settings, context, poll)
     rows = []
-    for name, of_policy in measured.items():
-        if name == "best_of_n":
-            continue
-        queries = prompts.queries(tools.tokenizer, of_policy.asked, indices)
-        chat_ids = [prompts.chat_ids[i] for i in indices]
-        answers, scores = answer_and_score(tools, name, queries, chat_ids, settings, context, poll)
-        for i, answer, score in zip(indices, answers, scores, strict=True):
+    for name in names:
+        scores = score_those_that_fit(tools, chat_ids, answers[name])
+        for i, answer, score in zip(indices, answers[name], scores, strict=True):
             prompt = prompts.prompts[i]
             row = {
                 "policy": name,
@@ -71,46 +73,21 @@ def greedy_rows(
     return rows
 
 
+def greedy_prompts(settings: EvaluateSettings) -> int:
+    """Return how many prompts are answered greedily, at most; four if that is less."""
+    return SHOWN if settings.greedy_prompts is None else settings.greedy_prompts
+
+
 def greedy_length(settings: EvaluateSettings) -> int:
     """Return the longest greedy answer, in tokens, as far as the context allows."""
     return 4 * settings.response_length if settings.greedy_length is None else settings.greedy_length
 
 
-def answer_and_score(
-    tools: Tools,
-    name: str,
-    queries: Sequence[Query],
-    chat_ids: Sequence[list[int]],
-    settings: EvaluateSettings,
-    context: int | None,
-    poll: Callable[[], None],
-) -> tuple[list[Answer], list[float | None]]:
-    """Load a policy, and let it answer prompts greedily; return its answers and their scores.
-
-    Args:
-        tools: The sampler, the judges, and how to load the policy, which is freed at the end.
-        name: Name of the policy.
-        queries: The prompts in the form in which the policy is prompted.
-        chat_ids: The ids of the same prompts through the chat template.
-        settings: The section evaluate.
-        context: The longest row the models can read, in tokens; None if that is unknown.
-        poll: Called between tokens; raises if the run is to stop.
-    """
-    policy = tools.policy_of(name)
-    answers = answer_greedily(
-        tools, policy, queries, greedy_length(settings), context, batch_size=settings.batch_size, poll=poll
-    )
-    return answers, score_those_that_fit(tools, policy.packed, chat_ids, answers)
-
-
-def score_those_that_fit(
-    tools: Tools, packed: bool, chat_ids: Sequence[list[int]], answers: Sequence[Answer]
-) -> list[float | None]:
+def score_those_that_fit(tools: Tools, chat_ids: Sequence[list[int]], answers: Sequence[Answer]) -> list[float | None]:
     """Score the answers that fit into max_length together with their prompt.
 
     Args:
         tools: The judges.
-        packed: Whether rows are packed.
         chat_ids: The ids of each answer's prompt through the chat template.
         answers: B answers.
 
@@ -123,10 +100,10 @@ def score_those_that_fit(
         for k, (ids, answer) in enumerate(zip(chat_ids, answers, strict=True))
         if len(ids) + len(answer.response) <= tools.max_length
     ]
-    if tools.reward_model is None or not fitting:
+    if REWARD_MODEL not in tools.judges or not fitting:
         return scores
     scored = [answers[k] for k in fitting]
-    raw = tools.raw_scores(tools.reward_model, [chat_ids[k] for k in fitting], scored, packed)
+    raw = tools.raw_scores(tools.judge(REWARD_MODEL), [chat_ids[k] for k in fitting], scored)
     for k, score in zip(fitting, tools.with_missing_eos(raw, scored).tolist(), strict=True):
         scores[k] = score
     return scores
@@ -134,28 +111,26 @@ def score_those_that_fit(
 
 def answer_greedily(
     tools: Tools,
-    policy: Policy,
+    name: str,
     queries: Sequence[Query],
-    length: int,
+    settings: EvaluateSettings,
     context: int | None,
-    *,
-    batch_size: int,
     poll: Callable[[], None],
 ) -> list[Answer]:
-    """Answer queries with the likeliest token at each position.
+    """Load a policy, and let it answer with the likeliest token at each position.
 
     Args:
-        tools: The sampler and the tokenizer.
-        policy: The policy.
+        tools: The sampler, the tokenizer, and how policies are loaded.
+        name: Name of the policy.
         queries: The prompts, all in the same form.
-        length: The longest answer, in tokens.
+        settings: The section evaluate.
         context: The longest row the model can read, in tokens; None if that is unknown.
-        batch_size: Rows sampled at a time.
         poll: Called between tokens; raises if the run is to stop.
 
     Returns:
         One answer per query. All have the room that the longest query leaves.
     """
+    policy, length = tools.policy_of(name), greedy_length(settings)
     if context is not None:
         length = max(1, min(length, context - max(len(query.ids) for query in queries)))
     request = SampleRequest(
@@ -166,5 +141,5 @@ def answer_greedily(
         temperature=0.0,
         eos_id=queries[0].end_id,
     )
-    sampled = tools.sampler.sample(policy.weights, policy.model, request, batch_size, poll)
+    sampled = tools.sampler.sample(policy.weights, policy.model, request, settings.batch_size, poll)
     return [parse_answer(tools.tokenizer, query, ids) for query, ids in zip(queries, sampled, strict=True)]

@@ -404,10 +404,10 @@ def people_by_models(tools: Tools, world: World | None, people: PeoplesPairs) ->
             [world.gold(row["prompt"], *answer)["overall"] for answer in (better, worse)]
             for row, better, worse in zip(people.rows, people.better, people.worse, strict=True)
         ]
-    for name, model in tools.judges.items():
+    for name in tools.judges:
         columns = []
         for answers in sides:
-            raw = tools.raw_scores(model, prompts, answers, packed=False)
+            raw = tools.raw_scores(tools.judge(name), prompts, answers, packed=False)
             columns.append(tools.with_missing_eos(raw, answers).tolist())
         found[name] = [list(pair) for pair in zip(*columns, strict=True)]
     return found

@@ -8,7 +8,7 @@ compared on the same pairs.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.config.sections import RoundSettings
 from pipeline.errors import UserError
 from stages.evaluation.forms import Answer
 from stages.evaluation.judges import GOLD
-from stages.evaluation.measuring import log_ratios
+from stages.evaluation.measuring import answer_logps
 from stages.evaluation.prompts import EvaluationPrompts
 from stages.evaluation.results import Measured
 from stages.evaluation.statistics import (
@@ -36,12 +36,10 @@ from stages.evaluation.statistics import (
     pair_accuracy,
     share_estimate,
 )
-from stages.evaluation.tools import Tools, free_memory
+from stages.evaluation.tools import Tools
 from stages.models.forward import response_scores
-from stages.models.loading import load_scalar_model
 from stages.settings.rounds import FOLDER, OLD_RANKINGS, artifact
 from stages.shared.inputs import encoded_rankings, published
-from stages.shared.runtime import Runtime, place_frozen
 from stages.training.batching import micro_batches
 
 NEWEST = ("ppo", "dpo")
@@ -157,14 +155,13 @@ def margins(model: Any, chosen: Sequence[PromptGroup], tools: Tools) -> list[flo
 
 
 def accuracy_table(
-    places: Sequence[RoundFolders], tools: Tools, runtime: Runtime, world: World | None, poll: Callable[[], None]
+    places: Sequence[RoundFolders], tools: Tools, world: World | None, poll: Callable[[], None]
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """Let each round's reward model judge each round's held-out labels.
 
     Args:
         places: Where the artifacts of the rounds are.
-        tools: The tokenizer and the accelerator.
-        runtime: How models are placed.
+        tools: The tokenizer, and how models are loaded.
         world: The embedded world, whose tasks are the clusters of intervals; otherwise prompts are.
         poll: Called between two models; raises if the run is to stop.
 
@@ -187,8 +184,7 @@ def accuracy_table(
         if place.rm is None:
             continue
         poll()
-        free_memory()
-        model = place_frozen_model(place.rm / "model", runtime, tools.max_length)
+        model = tools.reward_model_in(place.rm / "model")
         for number, (chosen, cluster_of) in by_round.items():
             owners = [cluster_of[group.id] for group in chosen for _ in group.pairs()]
             if owners:
@@ -202,17 +198,8 @@ def accuracy_table(
                         "n_pairs": figures["n_pairs"],
                     }
                 )
-        del model
+        del model  # the next one takes its place
     return rows, labels
-
-
-def place_frozen_model(folder: Path, runtime: Runtime, max_length: int) -> Any:
-    """Load a reward model onto the device."""
-
-    def load() -> Any:
-        return load_scalar_model(folder, **runtime.load_options())
-
-    return place_frozen(load, runtime, max_length)
 
 
 def clusters(rankings: Sequence[Ranking], world: World | None) -> dict[str, str]:
@@ -290,13 +277,12 @@ def scored_before(
         if any("gold" not in row for of_prompt in chosen for row in of_prompt):
             return None
         return Scored([[row["gold"]["overall"] for row in of_prompt] for of_prompt in chosen], prompts.clusters, judge)
-    model = tools.judges.get(judge)
-    if model is None:
+    if judge not in tools.judges:
         return None
     flat = [(i, row) for i, of_prompt in enumerate(chosen) for row in of_prompt]
     answers = [answer_of(tools, row["response"], row["finished"]) for _, row in flat]
     ids = [prompts.chat_ids[i] for i, _ in flat]
-    values = tools.with_missing_eos(tools.raw_scores(model, ids, answers, packed=False), answers).tolist()
+    values = tools.with_missing_eos(tools.raw_scores(tools.judge(judge), ids, answers, packed=False), answers).tolist()
     scores = iter(values)
     return Scored([[next(scores) for _ in of_prompt] for of_prompt in chosen], prompts.clusters, judge)
 
@@ -328,14 +314,16 @@ def kl_to_first(
     if first.resolve() == tools.reference_folder.resolve():
         ratios = [value for row in measured.kl for value in row]
         return sum(ratios) / len(ratios)
-    policy = tools.policy_of(name)
-    against = replace(tools, reference=tools.load(first))
-    total, flat = 0.0, [(i, k) for i, texts in enumerate(measured.responses) for k in range(len(texts))]
-    for part in micro_batches(flat, tools.batch_size):
-        answers = [answer_of(tools, measured.responses[i][k], measured.finished[i][k]) for i, k in part]
-        ids = [prompts.chat_ids[i] for i, _ in part]
-        total += sum(log_ratios(against, replace(policy, packed=False), ids, ids, answers, temperature))
-    return total / len(flat)
+    flat = [(i, k) for i, texts in enumerate(measured.responses) for k in range(len(texts))]
+    answers = [answer_of(tools, measured.responses[i][k], measured.finished[i][k]).response for i, k in flat]
+    ids = [prompts.chat_ids[i] for i, _ in flat]
+
+    def logps(folder: Path) -> torch.Tensor:
+        model = tools.policy_in(folder)
+        return torch.tensor(answer_logps(tools, model, ids, answers, temperature, packed=False))
+
+    ratios = (logps(tools.folders[name]) - logps(first)).tolist()
+    return sum(sum(part) for part in micro_batches(ratios, tools.batch_size)) / len(flat)
 
 
 def newest_in(results: dict[str, Any]) -> str | None:
@@ -355,7 +343,6 @@ def measure_rounds(
     *,
     judge: str | None,
     temperature: float,
-    runtime: Runtime,
     poll: Callable[[], None],
 ) -> dict[str, Any]:
     """Return rounds.json.
@@ -368,11 +355,10 @@ def measure_rounds(
         measured: What was measured of each policy of this round.
         judge: The judge that decides in this round; None: nobody.
         temperature: The temperature that responses were sampled at.
-        runtime: How models are placed.
         poll: Called between two models; raises if the run is to stop.
     """
     first_sft = artifact(Path(settings.earlier[0]).expanduser(), "sft")
-    accuracy, labels = accuracy_table(places, tools, runtime, prompts.world, poll)
+    accuracy, labels = accuracy_table(places, tools, prompts.world, poll)
     rows: list[dict[str, Any]] = []
     before: Scored | None = scored_before(places[0].evaluate, "sft", tools, prompts, judge)
     start = before and before.estimate()

@@ -1,7 +1,7 @@
-"""Hold the models that measure a policy, and the policy being measured."""
+"""Load the policies that are measured and the models that measure them, one at a time."""
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from stages.scorers.text_reader import TextReader, text_reader_of
 from stages.settings.evaluate import STAGES, EvaluateSettings
 from stages.settings.rollout import EngineSettings
 from stages.shared.engines import engine_spec, make_frozen_sampler
-from stages.shared.runtime import Runtime, place_frozen
+from stages.shared.runtime import Runtime, can_pack_rows, place_frozen
 from stages.training.session import Session
 
 
@@ -38,8 +38,6 @@ class Policy:
     """Its name in results.json."""
     model: Any
     """The model, on its device; with fsdp2, this process's shard of it."""
-    packed: bool
-    """Whether its rows and the judges' are packed."""
 
     @property
     def weights(self) -> str:
@@ -47,9 +45,37 @@ class Policy:
         return "sft" if self.name == "best_of_n" else self.name
 
 
+class OneModel:
+    """Hold one model, the last that was asked for: the one before is freed before it is loaded.
+
+    Nobody else may keep a model that was taken from here while another one is taken.
+    """
+
+    def __init__(self) -> None:
+        self.key: Hashable = None
+        self.model: Any = None
+
+    def take(self, key: Hashable, load: Callable[[], Any]) -> Any:
+        """Return a model: the one that is held if it has this key, otherwise loaded now.
+
+        Args:
+            key: What tells it from other models.
+            load: Loads it onto the device.
+        """
+        if self.model is None or self.key != key:
+            self.drop()
+            self.key, self.model = key, load()
+        return self.model
+
+    def drop(self) -> None:
+        """Free the model that is held."""
+        self.key = self.model = None
+        free_memory()
+
+
 @dataclass(frozen=True)
 class Tools:
-    """Hold the tokenizer, the judges and the loader that every policy is measured with."""
+    """Hold the tokenizer, and load the policies, their reference and the judges."""
 
     tokenizer: Any
     """SFT's tokenizer, which all policies share."""
@@ -57,16 +83,16 @@ class Tools:
     """accelerate's Accelerator: device and autocast."""
     load: Callable[[Path], Any]
     """Load the policy in a folder onto the device."""
+    load_scalar: Callable[[Path], Any]
+    """Load the reward model in a folder onto the device."""
     folders: dict[str, Path]
     """The model folder of each policy."""
     reference_folder: Path
-    """The folder of the reference."""
-    reference: Any
-    """The policy that KL is measured against: the one that PPO's penalty is against."""
-    judges: dict[str, Any]
-    """The reward models that judge, by name; {} if the experiment trains none."""
-    packed: bool
-    """Whether all of these models can read packed rows."""
+    """The folder of the policy that KL, and PPO's penalty, is measured against."""
+    judges: dict[str, Callable[[], Any]]
+    """How the reward models that judge are loaded, by name; {} if the experiment trains none."""
+    packs: Callable[[Any], bool]
+    """Whether a model reads packed rows; a line says where one does not."""
     sharded: bool
     """Whether each process holds a shard of the models, so that passes take all processes."""
     batch_size: int
@@ -75,6 +101,8 @@ class Tools:
     """Tokens in the longest row."""
     missing_eos_score: float | None
     """Score of a response without EOS; None leaves the reward model's own score."""
+    one: OneModel = field(default_factory=OneModel)
+    """The model that is on the device."""
     sampler: FrozenSampler | None = None
     """What samples the policies' responses; None as long as the longest prompt is not known."""
     selector: Selector | None = None
@@ -95,38 +123,28 @@ class Tools:
         more = {tuple(ids): prompt for ids, prompt in zip(chat_ids, prompts, strict=True)}
         return replace(self, asked={**self.asked, **more})
 
-    def models(self) -> list[Any]:
-        """Return the models that stay loaded, each once."""
-        return [self.reference, *self.judges.values()]
-
-    @property
-    def reward_model(self) -> Any:
-        """Return the model that PPO maximises and best of n selects by; None without one."""
-        return self.judges.get(REWARD_MODEL)
-
-    def model_of(self, name: str) -> Any:
-        """Return a policy's model: the reference where that is it, otherwise loaded now.
-
-        Best of n samples from SFT. Whoever asks for another model drops the last one before, so
-        that one policy at a time is loaded beside the reference and the judges.
-        """
-        folder = self.folders["sft" if name == "best_of_n" else name]
-        if folder == self.reference_folder:
-            return self.reference
-        free_memory()
-        return self.load(folder)
+    def policy_in(self, folder: Path) -> Any:
+        """Return the policy in a folder, on its device; whatever else was there is freed."""
+        return self.one.take(("policy", folder), partial(self.load, folder))
 
     def policy_of(self, name: str) -> Policy:
-        """Return a policy that is ready to be measured."""
-        model = self.model_of(name)
-        return Policy(name, model, self.packs(model))
+        """Return a policy that is ready to be measured; best of n samples from SFT."""
+        return Policy(name, self.policy_in(self.folders["sft" if name == "best_of_n" else name]))
 
-    def packs(self, model: Any) -> bool:
-        """Return whether rows can be packed for a policy and for the judges."""
-        return self.packed and can_pack(model, self.max_length)
+    def reference(self) -> Any:
+        """Return the policy that KL is measured against, on its device."""
+        return self.policy_in(self.reference_folder)
+
+    def judge(self, name: str) -> Any:
+        """Return a reward model that judges, on its device."""
+        return self.one.take(("judge", name), self.judges[name])
+
+    def reward_model_in(self, folder: Path) -> Any:
+        """Return the reward model in a folder, without the others of its ensemble."""
+        return self.one.take(("reward model", folder), partial(self.load_scalar, folder))
 
     def raw_scores(
-        self, reward_model: Any, chat_ids: Sequence[list[int]], answers: Sequence[Answer], packed: bool
+        self, reward_model: Any, chat_ids: Sequence[list[int]], answers: Sequence[Answer], packed: bool | None = None
     ) -> torch.Tensor:
         """Score answers as a reward model itself does, without `missing_eos_score`.
 
@@ -134,11 +152,12 @@ class Tools:
             reward_model: The judge.
             chat_ids: The ids of each answer's prompt through the chat template.
             answers: B answers.
-            packed: Whether rows are packed.
+            packed: Whether rows are packed; None: if it reads packed rows.
 
         Returns:
             (B,) scores, on the CPU.
         """
+        packed = self.packs(reward_model) if packed is None else packed
         spec = ScorerSpec(
             reward_model=reward_model,
             pad_id=self.tokenizer.pad_token_id,
@@ -160,6 +179,26 @@ class Tools:
         return final_scores(scores, finished, self.missing_eos_score)
 
 
+def packing_of(session: Session, max_length: int) -> Callable[[Any], bool]:
+    """Return what says whether a model reads packed rows; the first that does not prints a line.
+
+    Args:
+        session: The run.
+        max_length: The longest row, in tokens.
+    """
+    told: list[bool] = []
+
+    def packs(model: Any) -> bool:
+        if told:
+            return can_pack(model, max_length)
+        found = can_pack_rows(session, [model], max_length)
+        if not found:
+            told.append(True)
+        return found
+
+    return packs
+
+
 def free_memory() -> None:
     """Give back what models that are no longer used have held; vLLM may need it."""
     gc.collect()  # a sharded model refers to itself
@@ -167,11 +206,17 @@ def free_memory() -> None:
 
 
 def load_tools(
-    runtime: Runtime, inputs: dict[str, Path], settings: EvaluateSettings, has_ppo_init: bool, on_too_long: str
+    session: Session,
+    runtime: Runtime,
+    inputs: dict[str, Path],
+    settings: EvaluateSettings,
+    has_ppo_init: bool,
+    on_too_long: str,
 ) -> Tools:
-    """Load the reference and the reward models onto the device.
+    """Return the tools; no model is loaded yet.
 
     Args:
+        session: The run: where lines go.
         runtime: How the stage computes, with its accelerator.
         inputs: The artifact folder of each upstream stage.
         settings: The section evaluate.
@@ -179,20 +224,21 @@ def load_tools(
         on_too_long: The setting of rm, for reward models with another tokenizer.
 
     Returns:
-        The tools; `packed` is False, and `sampler` None.
+        The tools; `sampler` is None.
     """
 
     def place(load: Callable, folder: Path) -> Any:
         return place_frozen(partial(load, folder, **runtime.load_options()), runtime, settings.max_length)
 
     load, load_judge = partial(place, load_policy), partial(place, load_scalar_model)
-    judges = {}
+    judges: dict[str, Callable[[], Any]] = {}
     if "rm" in inputs:
-        judges[REWARD_MODEL] = load_reward_model(inputs["rm"] / "model", settings.reward_ensemble, load_judge)
+        rm = inputs["rm"] / "model"
+        judges[REWARD_MODEL] = partial(load_reward_model, rm, settings.reward_ensemble, load_judge)
         for name, own in ((KEPT, "judge"), (HELD_OUT, "held_out")):
             folder = inputs["rm"] / own / "model"
             if folder.is_dir():
-                judges[name] = load_judge(folder)
+                judges[name] = partial(load_judge, folder)
     folder = inputs["sft"] / "model"
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
     reference_folder = inputs["sft"] / "ppo_init" if has_ppo_init else folder
@@ -204,11 +250,11 @@ def load_tools(
         tokenizer=tokenizer,
         accelerator=runtime.accelerator,
         load=load,
+        load_scalar=load_judge,
         folders={name: inputs[name] / "model" for name in STAGES if name in inputs},
         reference_folder=reference_folder,
-        reference=load(reference_folder),
         judges={name: judges[name] for name in in_order(list(judges))},
-        packed=False,
+        packs=packing_of(session, settings.max_length),
         sharded=runtime.sharded,
         batch_size=settings.batch_size,
         max_length=settings.max_length,

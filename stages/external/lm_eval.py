@@ -19,6 +19,7 @@ from stages.external.differences import difference
 from stages.external.harness import Asked, Found, evaluate_model
 from stages.external.tasks import load_tasks, task_manager
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.precision import frozen
 from stages.settings.experiment import Experiment
 from stages.settings.lm_eval import LMEvalSettings, measured_policies
 from stages.shared.runtime import runtime_of
@@ -48,7 +49,7 @@ def run(ctx: StageRun[LMEvalSettings, Experiment]) -> dict[str, Any]:
             if name in measured:
                 continue
             folder = ctx.inputs[name] / "model"
-            model = load_policy(folder, **runtime.load_options()).to(runtime.device)
+            model = frozen(load_policy(folder, **runtime.load_options()), runtime.dtype).to(runtime.device)
             measured[name] = evaluate_model(
                 model,
                 load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code),

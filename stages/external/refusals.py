@@ -24,6 +24,7 @@ from stages.evaluation.writing import write_jsonl
 from stages.external.patterns import Pattern, read_patterns, refusal_in
 from stages.external.share_difference import share_difference
 from stages.models.loading import load_policy, load_tokenizer
+from stages.models.precision import frozen
 from stages.rollouts.transformers import LIKELIEST, Decoding, sample
 from stages.settings.checks import context_of
 from stages.settings.experiment import Experiment
@@ -71,7 +72,7 @@ def run(ctx: StageRun[RefusalsSettings, Experiment]) -> dict[str, Any]:
             if forms[name] != "chat":
                 session.say(f"{name} is prompted {DESCRIPTIONS[forms[name]]}")
             folder = ctx.inputs[name] / "model"
-            model = load_policy(folder, **runtime.load_options()).to(accelerator.device)
+            model = frozen(load_policy(folder, **runtime.load_options()), runtime.dtype).to(accelerator.device)
             tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
             poll = partial(session.leave_if_requested, len(answers), len(names))
             answers[name] = {}

@@ -22,6 +22,7 @@ from stages.models.ensemble import load_reward_model
 from stages.models.forward import score_all
 from stages.models.loading import load_tokenizer
 from stages.models.packing import can_pack
+from stages.models.precision import frozen
 from stages.settings.checks import context_of
 from stages.settings.experiment import Experiment
 from stages.settings.reward_bench import OF_RM, RewardBenchSettings, parts_of
@@ -146,7 +147,7 @@ def score_items(
         "dropped": how many of those}.
     """
     accelerator = make_accelerator(runtime.device, runtime.dtype)
-    model = load_reward_model(folder, how, **runtime.load_options()).to(accelerator.device)
+    model = load_reward_model(folder, how, **runtime.load_options())
     tokenizer = load_tokenizer(folder, trust_remote_code=runtime.trust_remote_code)
     context = context_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     limit = settings.max_length or context
@@ -168,6 +169,7 @@ def score_items(
     if report.dropped or report.truncated:
         session.say(report.line(f"{folder}"))
     packed = can_pack(model, limit)
+    model = frozen(model, runtime.dtype).to(accelerator.device)
 
     def score_parts(mine: list[list[int]]) -> list[list[list[float]]]:
         scored = []

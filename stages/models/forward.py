@@ -18,7 +18,7 @@ from stages.models.compiled import is_compiled
 from stages.models.context_parallel import cuts_rows, over_parts
 from stages.models.ensemble import Ensemble
 from stages.models.families import off_the_gpu
-from stages.models.head import head_logprobs
+from stages.models.head import CHUNK, head_logprobs
 from stages.models.loading import score_head
 from stages.models.packing import causal_options, trunk_options
 from stages.models.sharding import compute_gathered, is_sharded
@@ -62,6 +62,8 @@ def response_logprobs(model: nn.Module, rows: Rows, temperature: float = 1.0, wi
             return head_logprobs(hidden, weight, ids, temperature, with_entropy, excluded=excluded)
 
         logprobs, entropies = compute_gathered(model, compute_logprobs)
+    elif not with_entropy and in_chunks(model, len(ids)):
+        logprobs = _chunked_logprobs(model, _hidden(model, rows).index_select(0, index), ids, temperature)
     else:
         assert not cuts_rows(model)  # `place_model` refuses such a head
         set_mode(model)
@@ -94,8 +96,84 @@ def text_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
             return head_logprobs(hidden.flatten(0, 1), weight, targets.flatten(), excluded=excluded)[0]
 
         return compute_gathered(model, compute_logprobs).view_as(targets)
+    if in_chunks(model, targets.numel()):
+        hidden = unwrapped(model).base_model(input_ids=inputs, use_cache=False).last_hidden_state[:, before:]
+        return _chunked_logprobs(model, hidden.flatten(0, 1), targets.flatten(), 1.0).view_as(targets)
     logits = model(input_ids=inputs, use_cache=False).logits[:, before:]
     return token_logprobs(without_soft_prompt(model, logits), targets)
+
+
+def in_chunks(model: nn.Module, tokens: int) -> bool:
+    """Return whether the logits of a head of the model's own are computed some tokens at a time.
+
+    They are where no gradient is wanted and they are more than `head_logprobs` holds at a time. A
+    pass of a sharded model takes all ranks, which may have different numbers of tokens: whole.
+
+    Args:
+        model: A causal language model whose head is not linear.
+        tokens: How many tokens have logits.
+    """
+    if torch.is_grad_enabled() or is_sharded(model) or tokens <= _tokens_of_chunk(model):
+        return False
+    return _head_reads_states(model)
+
+
+def _tokens_of_chunk(model: nn.Module) -> int:
+    """Return how many tokens' logits are computed at a time."""
+    inner = unwrapped(model)
+    device = next(inner.parameters()).device.type
+    return max(1, CHUNK.get(device, CHUNK["cuda"]) // inner.config.get_text_config().vocab_size)
+
+
+def _head_reads_states(model: nn.Module) -> bool:
+    """Return whether a model's head reads nothing but hidden states; tried once per model."""
+    inner = unwrapped(model)
+    if not hasattr(inner, "_head_reads_states"):
+        ids = torch.tensor([[1, 2, 3]], device=next(inner.parameters()).device)
+        with off_the_gpu(inner):
+            whole = inner(input_ids=ids, use_cache=False).logits[0]
+            states = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            parts = _logits_of(inner, states)
+        same = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-2, atol=1e-2)
+        inner._head_reads_states = same
+    return inner._head_reads_states
+
+
+def _logits_of(inner: nn.Module, hidden: Tensor) -> Tensor:
+    """Return a model's own logits (n, V) of hidden states (n, d).
+
+    The model reads a single token, and its head gets the states in the place of that token's.
+    """
+    token = torch.ones(1, 1, dtype=torch.long, device=hidden.device)
+    hook = inner.base_model.register_forward_hook(partial(_instead, hidden.unsqueeze(0)))
+    try:
+        return inner(input_ids=token, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+
+
+def _instead(hidden: Tensor, trunk: nn.Module, args: tuple, out: Any) -> Any:
+    """Put other hidden states in the place of a trunk's, as a forward hook."""
+    if hasattr(out, "last_hidden_state"):
+        out.last_hidden_state = hidden
+    return out
+
+
+def _chunked_logprobs(model: nn.Module, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Return log-probabilities (n,) of ids by the model's own head, without all logits at once.
+
+    Args:
+        model: A causal language model.
+        hidden: Hidden states (n, d) before each token.
+        ids: Tokens (n,).
+        temperature: Divides the logits.
+    """
+    inner, size, found = unwrapped(model), _tokens_of_chunk(model), []
+    for start in range(0, len(hidden), size):
+        some = slice(start, start + size)
+        logits = without_soft_prompt(model, _logits_of(inner, hidden[some]).float() / temperature)
+        found.append(token_logprobs(logits, ids[some]))
+    return torch.cat(found)
 
 
 def next_logits(model: nn.Module, rows: Rows) -> Tensor:

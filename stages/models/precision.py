@@ -17,6 +17,8 @@ from stages.models.ensemble import members
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """model.dtype → accelerate's name for it."""
+DTYPES = {name: dtype for dtype, name in MIXED.items()}
+"""accelerate's name → model.dtype."""
 CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """accelerate's name → the dtype that autocast casts to."""
 FIRST_SCALE = 2.0**16
@@ -65,6 +67,19 @@ def require_finite(x: torch.Tensor, what: str) -> None:
             f"{what} are not finite: float16 overflows above 65504, or a weight is damaged; set model.dtype: bfloat16 "
             f"or float32"
         )
+
+
+def frozen(model: nn.Module, dtype: str) -> nn.Module:
+    """Freeze a model that only predicts, and hold its weights in the dtype that it computes in.
+
+    Args:
+        model: In float32; changed. Whether it packs rows is tried before, in float32 (`can_pack`).
+        dtype: "float32", "bfloat16" or "float16", which products are computed in.
+    """
+    model.requires_grad_(False)
+    if dtype != "float32":
+        cast_frozen(model, getattr(torch, dtype))
+    return model
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

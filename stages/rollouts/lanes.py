@@ -145,7 +145,10 @@ class PackedLane:
         # columns before a prompt repeat its first token: the bias hides them, if they are finite
         index = rows.sequences.gather(-1, columns.clamp(min=0))
         dtype = attention_dtype(hidden)
-        self.cache = Cache([self.layer.of(layer, index, self.room, dtype) for layer in cache.layers])
+        # each packed layer is freed before the next is copied, so that prompts are not held twice
+        self.cache = Cache(
+            [self.layer.of(cache.layers.pop(0), index, self.room, dtype) for _ in range(len(cache.layers))]
+        )
         self.bias = torch.zeros(len(index), 1, 1, width + self.room, dtype=dtype, device=hidden.device)
         self.bias[..., :width].masked_fill_((columns < 0)[:, None, None], -torch.inf)
         # the next token of a row is at the position after its own prompt, wherever its column is

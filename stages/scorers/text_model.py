@@ -18,7 +18,8 @@ from data.conversations import encode_conversations
 from pipeline.errors import UserError
 from stages.models.adapter_folder import weights_folder, with_adapter_of
 from stages.models.ensemble import combine
-from stages.models.remote_code import from_pretrained
+from stages.models.precision import DTYPES, frozen
+from stages.models.remote_code import from_pretrained, is_remote
 from stages.scorers.scorer import ScoreRequest, ScorerSpec, Scores
 from stages.settings.scorers.model import ModelScorer
 
@@ -91,8 +92,10 @@ class Member:
                 f"{spec.name}: the model in {folder} lacks the weights {sorted(info['missing_keys'])[:3]}, which would "
                 f"be random; give a trained reward model"
             )
-        model = with_adapter_of(model, folder).to(spec.accelerator.device)
-        self.model: nn.Module = model.eval().requires_grad_(False)
+        # its own code may compute something outside autocast
+        dtype = "float32" if is_remote(model) else DTYPES[spec.accelerator.mixed_precision]
+        model = frozen(with_adapter_of(model, folder), dtype)
+        self.model: nn.Module = model.eval().to(spec.accelerator.device)
         config: Any = model.config
         self.bias = float(getattr(config, "reward_bias", 0.0) or 0.0)
         self.labels = [str(config.id2label.get(i, i)) for i in range(config.num_labels)]

@@ -115,8 +115,10 @@ def load_speakers(
     from torch import OutOfMemoryError
 
     from stages.evaluation.forms import form_of_base
+    from stages.models.adapters import share_frozen
     from stages.models.loading import load_policy, load_tokenizer
-    from stages.shared.runtime import device_of
+    from stages.models.precision import frozen
+    from stages.shared.runtime import device_of, dtype_of
     from stages.tools.chat_engines import room_of, start_engines
 
     device, attention = device_of(experiment), experiment.model.attn_implementation
@@ -126,7 +128,8 @@ def load_speakers(
         try:
             if engine == "transformers":
                 model = load_policy(folder, attn_implementation=attention, trust_remote_code=trust_remote_code)
-                model = model.to(device)
+                model = frozen(model, dtype_of(experiment)).to(device)
+                share_frozen(model, [speaker.model for speaker in speakers])  # embeddings, where adapters were trained
             tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         except UserError:
             raise
@@ -174,9 +177,10 @@ def load_judge(
         return None
     from stages.models.ensemble import load_reward_model, members
     from stages.models.loading import load_tokenizer
+    from stages.models.precision import frozen
     from stages.models.same_tokenizer import tokenizer_fingerprint
     from stages.scorers.text_reader import TextReader
-    from stages.shared.runtime import device_of
+    from stages.shared.runtime import device_of, dtype_of
 
     evaluate = experiment.evaluate
     if folder is None:
@@ -190,7 +194,7 @@ def load_judge(
     )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     reader = TextReader(tokenizer, context_of(members(model)[0].config.to_dict()), "error")
-    model = model.to(device_of(experiment))
+    model = frozen(model, dtype_of(experiment)).to(device_of(experiment))
     return Judge(model, tokenizer_fingerprint(tokenizer), evaluate.missing_eos_score, reader)
 
 

@@ -1,4 +1,4 @@
-"""Compute the memory that each stage of an experiment with models needs of a device.
+"""Compute the memory that each stage of an experiment with models needs of a device, and commands.
 
 The bytes come from an optimizer step, or from forward passes, on shapes only (`memory_step.py`),
 with rows as long as the settings allow, so they are the most that a stage needs. Not counted are
@@ -7,7 +7,7 @@ CPU the libraries themselves (about half a GB).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,55 +21,42 @@ from stages.models.layout import layout_of
 from stages.models.loading import packaged_gguf, scratch_config
 from stages.models.remote_code import SCALAR, from_pretrained, is_remote
 from stages.models.roles import most_tokens
-from stages.rollouts.frozen import CHECKED_AT_A_TIME
 from stages.settings.peft import model_of
-from stages.settings.policies import compared_policies, judge_share, needs_reward_model, reward_models
+from stages.settings.policies import judge_share, reward_models
 from stages.settings.ppo import has_value_model, named_rewards
 from stages.settings.reward_base import trains_sft, with_own_base
 from stages.settings.scorers.model import ModelScorer
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
 from stages.tools.memory_axes import held_together, on_axes, on_device, whole_layers
-from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_passes, take_step
+from stages.tools.memory_frozen import cache_of, of_commands, of_evaluate, of_rankings
+from stages.tools.memory_need import Need, groups, is_sharded, processes, sharers
+from stages.tools.memory_step import Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
 from stages.training.text import SMALL_VOCABULARY
 
 
-@dataclass(frozen=True)
-class Need:
-    """The bytes that a stage needs."""
-
-    stage: str
-    """The stage."""
-    weights: int
-    """All weights."""
-    moments: int
-    """Adam's moments, and AdaLoRA's averages."""
-    kept: int
-    """Copies that are kept: the best weights, and averages."""
-    step: int
-    """The most that a step holds in addition: activations and gradients."""
-    sampling: int = 0
-    """The most that sampling holds in addition: the cache, and weights cast for it."""
-    host: int = 0
-    """What a process with a GPU offloads to the CPU's memory; not in the others."""
-
-    @property
-    def most(self) -> int:
-        """Return the most bytes at once."""
-        return self.weights + self.moments + self.kept + max(self.step, self.sampling)
-
-
 def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False) -> Iterator[Need]:
-    """Yield what each stage with models needs; base and rankings only where they have work.
+    """Yield what each stage with models needs, base and rankings only where they have work.
+
+    Chat, playground and serve-reward follow (`of_commands`).
 
     Args:
         experiment: The validated experiment.
         device: "cpu", "cuda" or "mps".
         trust_remote_code: Whether code that the model brings may run.
     """
-    for need in needs_of(experiment, device, trust_remote_code):
+    m, dtype = experiment.model, dtype_for(experiment, device)
+    config = model_config(m, trust_remote_code)
+    seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
+    second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
+    for need in needs_of(experiment, device, config, second):
         yield offloaded(need, experiment, device)
+
+    def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
+        return take_passes(config, steps, dtype, device, m.attn_implementation)
+
+    yield from of_commands(experiment, config, passes, dtype, device, second)
 
 
 def offloaded(need: Need, experiment: Any, device: str) -> Need:
@@ -86,11 +73,17 @@ def offloaded(need: Need, experiment: Any, device: str) -> Need:
     return replace(need, weights=0, moments=0, kept=0, host=need.host + moved)
 
 
-def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[Need]:
-    """Yield what each stage needs before `offloaded`; arguments as of `of_experiment`."""
+def needs_of(experiment: Any, device: str, config: Any, second: Any) -> Iterator[Need]:
+    """Yield what each stage needs before `offloaded`.
+
+    Args:
+        experiment: The validated experiment.
+        device: "cpu", "cuda" or "mps".
+        config: transformers' configuration of the policy.
+        second: That of the reward model's own base; the same one without.
+    """
     m, dtype, ranks = experiment.model, dtype_for(experiment, device), groups(experiment)
     parts, sharded, layout = sharers(experiment), is_sharded(experiment), layout_of(experiment.launch, ranks)
-    config = model_config(m, trust_remote_code)
 
     def take(steps: list[Step], stage: str, config: Any = config) -> Sizes:
         adapter = AdapterSettings() if stage.endswith("base") else adapter_settings(model_of(experiment, stage))
@@ -101,8 +94,6 @@ def needs_of(experiment: Any, device: str, trust_remote_code: bool) -> Iterator[
         alone = processes(experiment) == 1
         return sizes if sharded or alone else replace(sizes, step=max(sizes.step, summed(sizes.trains)))
 
-    seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
-    second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
     for stage, of, config_of_stage in text_stages(experiment, config, second):
         c = getattr(of, stage.removeprefix("rm_"))
         head = "logits" if has_whole_logits(of, stage, c, config_of_stage) else "text"
@@ -263,26 +254,6 @@ def of_ppo(
     return replace(need("ppo", sizes, kept // shares), sampling=own * (cache + cast))
 
 
-def of_rankings(experiment: Any, config: Any, passes: Callable, dtype: str) -> Need:
-    """Return what the stage rankings needs: it samples from SFT.
-
-    Args:
-        experiment: The validated experiment.
-        config: transformers' configuration of the model.
-        passes: Passes micro-batches through frozen models, as `take_passes`.
-        dtype: "float32", "bfloat16" or "float16".
-    """
-    c, shares = experiment.rankings, sharers(experiment)
-    # another engine's samples are checked a few at a time; what the policy samples is more
-    few = Step("policy", "logprobs", [(c.max_length - c.response_length, [c.response_length])] * CHECKED_AT_A_TIME)
-    models, activations = passes([few])
-    rows = -(-c.batch_size // processes(experiment)) * c.samples_per_prompt
-    copy = is_sharded(experiment) * models["policy"]  # gathered whole
-    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + copy)
-    checks = activations * (not samples_itself(c))
-    return Need("rankings", models["policy"] // shares, moments=0, kept=0, step=checks, sampling=sampling)
-
-
 def side_by_side(one: Sizes, other: Sizes) -> Sizes:
     """Return the sizes of two models that share no weights and step one after the other."""
     return Sizes(
@@ -296,56 +267,6 @@ def side_by_side(one: Sizes, other: Sizes) -> Sizes:
         shared=False,
         adapted=one.adapted,
     )
-
-
-def of_evaluate(experiment: Any, config: Any, passes: Callable, dtype: str, second: Any = None) -> Need:
-    """Return what the stage evaluate needs: a policy at a time, the reference and the judges.
-
-    Args:
-        experiment: The validated experiment.
-        config: transformers' configuration of the model.
-        passes: Passes micro-batches through frozen models, as `take_passes`.
-        dtype: "float32", "bfloat16" or "float16".
-        second: The configuration of the reward models; None: the same one.
-    """
-    second = config if second is None else second
-    c, shares = experiment.evaluate, sharers(experiment)
-    compared, judged = compared_policies(experiment), needs_reward_model(experiment)
-    samples = max(c.samples_per_prompt, c.best_of if "best_of_n" in compared else 1)
-    group = (c.max_length - c.response_length, [c.response_length] * c.samples_per_prompt)
-    steps = [Step("policy", "logprobs", [group] * max(1, c.batch_size // min(c.samples_per_prompt, 4)))]
-    scores = Step("reward_model", "scores", [(group[0], [c.response_length])] * c.batch_size)
-    if judged and second is config:
-        steps.append(scores)
-    if experiment.data.documents is not None:
-        steps.append(Step("policy", "text", rows=c.batch_size, width=c.perplexity_length))
-    models, activations = passes(steps)
-    if judged and second is not config:
-        judges, of_judges = passes([scores], second)
-        models, activations = models | judges, max(activations, of_judges)
-    is_reference = set(compared) <= {"sft", "best_of_n"} and experiment.sft.ppo_init is None
-    weights = models["policy"] * (1 if is_reference else 2)
-    if judged:
-        weights += models["reward_model"] * len(reward_models(experiment, has_judge=judge_share(experiment) > 0))
-    rows = max(1, c.batch_size // min(samples, 4)) * samples
-    copy = is_sharded(experiment) * models["policy"]  # gathered whole
-    sampling = sampled_by_policy(c) * (cache_of(config, rows, c.max_length, dtype) + copy)
-    return Need("evaluate", weights // shares, moments=0, kept=0, step=activations, sampling=sampling)
-
-
-def sampled_by_policy(section: Any) -> bool:
-    """Return whether the policy itself may sample, so that memory is needed for that."""
-    return samples_itself(section) or section.rollout.on_failure == "transformers"
-
-
-def samples_itself(section: Any) -> bool:
-    """Return whether the policy itself samples."""
-    return section.rollout is None or section.rollout.engine == "transformers"
-
-
-def cache_of(config: Any, rows: int, length: int, dtype: str) -> int:
-    """Return the bytes of the cache of rows of a length, with the logits of a step."""
-    return rows * (length * cache_of_token(config) * WIDTH[dtype] + 8 * config.get_text_config().vocab_size)
 
 
 def need(stage: str, sizes: Sizes, kept: int) -> Need:
@@ -362,35 +283,6 @@ def ranked(c: Section, experiment: Any) -> Lengths:
     if c.per_device_train_tokens is None:
         return [group] * c.per_device_train_batch_size
     return [group] * max(1, c.per_device_train_tokens // (group[0] + sum(group[1])))
-
-
-def cache_of_token(config: Any) -> int:
-    """Return how many numbers a token adds to the cache: keys and values of all layers."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width
-
-
-def processes(experiment: Any) -> int:
-    """Return the world size."""
-    return experiment.launch.processes * experiment.launch.nodes
-
-
-def sharers(experiment: Any) -> int:
-    """Return how many processes hold a shard of each weight."""
-    launch = experiment.launch
-    return processes(experiment) if launch.shards_weights else launch.tensor_parallel or 1
-
-
-def is_sharded(experiment: Any) -> bool:
-    """Return whether models are held in shares: of several processes, or in the CPU's memory."""
-    return sharers(experiment) > 1 or experiment.launch.offload == "all"
-
-
-def groups(experiment: Any) -> int:
-    """Return how many processes, or groups of them, share the rows of a batch."""
-    return max(1, processes(experiment) // experiment.launch.together)
 
 
 def dtype_for(experiment: Any, device: str) -> str:

@@ -144,13 +144,15 @@ def load_score(
 
     from stages.models.ensemble import load_reward_model, members
     from stages.models.loading import load_tokenizer
+    from stages.models.precision import frozen
     from stages.scorers.reward_model import RewardModelScorer
     from stages.scorers.scorer import ScorerSpec
     from stages.shared.runtime import device_of, dtype_of, make_accelerator
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    accelerator = make_accelerator(device_of(experiment), dtype_of(experiment))
+    dtype = dtype_of(experiment)
+    accelerator = make_accelerator(device_of(experiment), dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise UserError(f"--model: the tokenizer in {folder} has no chat template, which prompts are read by")
@@ -159,7 +161,8 @@ def load_score(
         options.how or next(iter(ensemble_ways(experiment.ppo).values()), "mean"),
         attn_implementation=experiment.model.attn_implementation,
         trust_remote_code=trust_remote_code,
-    ).to(accelerator.device)
+    )
+    model = frozen(model, dtype).to(accelerator.device)
     spec = ScorerSpec(
         reward_model=model,
         pad_id=tokenizer.pad_token_id,

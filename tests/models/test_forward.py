@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from data.groups import make_rows
+from stages.models import forward
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.ensemble import Ensemble
 from stages.models.forward import response_logprobs, response_scores, response_values, score_all
+from stages.models.loading import prepare
 from stages.models.packing import can_pack
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
@@ -171,6 +173,32 @@ def test_logits_that_are_more_than_an_embedding_of_states_are_seen(rows, ragged)
         logp = model(alone(prompt, response)).logits[0].log_softmax(-1)
         right = torch.stack([logp[len(prompt) + t - 1, token] for t, token in enumerate(response)])
         torch.testing.assert_close(found[b][rows.response_mask[b]], right, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("gemma2", {"final_logit_softcapping": 0.5}), ("granite", {"logits_scaling": 3.0}), ("phi", {})]
+)
+def test_logits_of_such_a_head_are_computed_in_chunks_where_no_gradient_is_wanted(rows, kind, options, monkeypatch):
+    """A cap, a scale and a bias, which are the model's own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 24, "initializer_range": 0.5, "pad_token_id": 0,
+             "eos_token_id": 1}  # fmt: skip
+    model = prepare(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **options)).float())
+    ids, calls = torch.randint(2, 48, (3, 9)), []
+    with torch.no_grad():
+        assert not forward.head_is_linear(model) and not forward.in_chunks(model, 24)
+        whole = response_logprobs(model, rows, 0.7), forward.text_logprobs(model, ids)
+        monkeypatch.setitem(forward.CHUNK, "cpu", 5 * 48)
+        assert forward.in_chunks(model, 6)
+        model.register_forward_hook(lambda *args: calls.append(args[2].logits.shape[:-1].numel()))
+        parts = response_logprobs(model, rows, 0.7), forward.text_logprobs(model, ids)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert max(calls) == 5 and sum(calls) == int(rows.response_mask.sum()) + 24
+    assert not forward.in_chunks(model, 10**6), "a gradient is that of all logits"
 
 
 @pytest.mark.parametrize("pad", [0, 1, 5])

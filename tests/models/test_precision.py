@@ -10,7 +10,7 @@ from stages.models.adapters import AdapterSettings, merge_adapter, trainable_par
 from stages.models.ensemble import Ensemble
 from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.packing import can_pack
-from stages.models.precision import cast_frozen, castable, require_finite, uncast
+from stages.models.precision import cast_frozen, castable, frozen, require_finite, uncast
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -58,10 +58,25 @@ def test_an_adapted_policy_trains_the_same(method, tied, causal, kind, rows):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@torch.no_grad()
+def test_what_only_predicts_says_the_same_with_half_the_weights(causal, scalar, rows):
+    for model, read in (
+        (causal("llama", tie_word_embeddings=False), response_logprobs),
+        (scalar("llama"), response_scores),
+    ):
+        small = frozen(copy.deepcopy(model), "bfloat16")
+        whole = frozen(copy.deepcopy(model), "float32")
+        with torch.autocast("cpu", HALF):
+            before = read(model, rows)
+            assert torch.equal(read(small, rows), before) and torch.equal(read(whole, rows), before)
+        linear = {p.dtype for one in (small, whole) for p in castable(one)}
+        assert linear == {HALF, torch.float32} and not any(p.requires_grad for p in small.parameters())
+
+
 def test_what_is_cast_and_what_is_not(causal, scalar):
-    frozen = causal("llama", tie_word_embeddings=False).requires_grad_(False)
-    cast_frozen(frozen, HALF)
-    kinds = {name: p.dtype for name, p in frozen.named_parameters()}
+    untied = causal("llama", tie_word_embeddings=False).requires_grad_(False)
+    cast_frozen(untied, HALF)
+    kinds = {name: p.dtype for name, p in untied.named_parameters()}
     assert kinds["lm_head.weight"] == kinds["model.layers.0.self_attn.q_proj.weight"] == HALF
     assert kinds["model.embed_tokens.weight"] == kinds["model.norm.weight"] == torch.float32
     tied = causal("llama").requires_grad_(False)

@@ -24,9 +24,8 @@ from data.world import writers as world_writers
 from data.world.world import World
 from pipeline.errors import UserError
 from pipeline.store.checkpoints import CheckpointStore
-from stages import evaluate
-from stages.evaluation import tools
-from stages.evaluation.results import Measured
+from stages.evaluation import tools, turns
+from stages.evaluation.measuring import Answered
 from stages.page import samples as report_samples
 from stages.page.results import NAMES, complete
 from stages.rollouts.frozen import FrozenSampler
@@ -629,37 +628,51 @@ class TestAgain:
         for name in ("results.json", "responses.jsonl"):
             assert (twice.finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
-    def test_what_was_measured_before_is_not_measured_again(self, chain, files, prompts, tmp_path, monkeypatch):
-        """Resume from the checkpoint before the last policy: only that one is sampled."""
-        state = CheckpointStore(files.finished.folder / "checkpoints", every=0, keep=2, run_id="1").newest().state
-        assert list(state["measured"]) == ["base", "sft", "ppo", "dpo"]
-        before = {name: Measured(**fields) for name, fields in state["measured"].items()}
-        monkeypatch.setattr(evaluate, "measured_before", lambda checkpoints: before)
-        calls = spy(monkeypatch, FrozenSampler, "sample")
+    @pytest.mark.parametrize("spoken, sampled, loaded", [(4, 8 * 5, 5), (5, 0, 5), (6, 0, 4)])
+    def test_what_models_said_before_is_not_asked_again(
+        self, chain, files, prompts, tmp_path, monkeypatch, spoken, sampled, loaded
+    ):
+        """Resume before best of n is drawn, before the reference reads answers, and after it."""
+        with monkeypatch.context() as patch:
+            saves = spy(patch, CheckpointStore, "save")
+            self.again(chain, files, prompts, tmp_path / "two")
+        states = {call.args[1]: call.args[3]["answered"] for call in saves}
+        assert list(states) == [1, 2, 3, 4, 5, 6], "five policies and SFT; after the reward model all is done"
+        before = json.loads(json.dumps(states[spoken]))
+        monkeypatch.setattr(turns, "answered_before", lambda _: {name: Answered(**own) for name, own in before.items()})
+        calls, loads = spy(monkeypatch, FrozenSampler, "sample"), spy(monkeypatch, tools, "load_policy")
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
         manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
-        finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
-        assert sum(len(request.prompts) for request, _ in drawn(calls)) == 8 * 5
+        finished = chain.run("evaluate", tmp_path / "three", *choices, *more, manifests=manifests)
+        assert sum(len(request.prompts) for request, _ in drawn(calls)) == sampled
+        assert len(loads) == loaded, "four to answer greedily; SFT draws best of n and is the reference"
         for name in ("results.json", "responses.jsonl"):
             assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
-    def test_one_policy_at_a_time_is_loaded_beside_the_reference(self, chain, files, prompts, tmp_path, monkeypatch):
-        """The first one that is loaded is the reference."""
-        loaded, load = [], tools.load_policy
+    def test_one_model_at_a_time_is_loaded(self, chain, files, prompts, tmp_path, monkeypatch):
+        """Policies, their reference and the judge; the two models of an ensemble score together."""
+        loaded, most = [], []
 
-        def watched(folder, **options):
-            assert not [one for one in loaded[1:] if one() is not None], "another policy is still there"
-            model = load(folder, **options)
-            loaded.append(weakref.ref(model))
-            return model
+        def watched(load, beside):
+            def method(folder, **options):
+                alive = [one() for one in loaded if one() is not None]
+                assert len(alive) <= beside and not any(hasattr(one, "lm_head") for one in alive)
+                del alive
+                model = load(folder, **options)
+                loaded.append(weakref.ref(model))
+                most.append(sum(one() is not None for one in loaded))
+                return model
 
-        monkeypatch.setattr(tools, "load_policy", watched)
+            return method
+
+        monkeypatch.setattr(tools, "load_policy", watched(tools.load_policy, 0))
+        monkeypatch.setattr(tools, "load_scalar_model", watched(tools.load_scalar_model, 1))
         choices = [f"evaluate.{key}={x}" for key, x in PLAIN.items()]
         more = (f"data.evaluation_prompts={prompts[0]}", f"ppo.missing_eos_score={MISSING}")
         manifests = {"rm": {"digest": "rm", "metrics": files.results["reward_model"]}}
         finished = chain.run("evaluate", tmp_path / "two", *choices, *more, manifests=manifests)
-        assert len(loaded) > 6, "each is loaded to be measured, and again to answer greedily"
+        assert most == [1] * 5 + [1, 2] + [1] * 4 + [1, 2], "the reward model reads the greedy answers too"
         name = "responses.jsonl"
         assert (finished.folder / name).read_bytes() == (files.finished.folder / name).read_bytes()
 
@@ -667,8 +680,8 @@ class TestAgain:
         store = CheckpointStore(tmp_path, every=0, keep=2, run_id="1")
         store.save(1, {}, {"policies": {"base": {}}})
         with pytest.raises(UserError, match="--restart"):
-            evaluate.measured_before(store)
-        assert evaluate.measured_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
+            turns.answered_before(store)
+        assert turns.answered_before(CheckpointStore(tmp_path / "none", 0, 2, "1")) == {}
 
 
 class TestNearCopies:

@@ -17,9 +17,8 @@ from pipeline.stage import Stage, StageRun
 from stages import evaluate
 from stages.evaluation.forms import form_of_base
 from stages.evaluation.judges import REWARD_MODEL
-from stages.evaluation.measuring import gold_scores, measure
+from stages.evaluation.measuring import answer_prompts, measured_of, with_judge, with_reference
 from stages.evaluation.results import perplexity_estimate
-from stages.evaluation.text import text_losses
 from stages.settings import evaluate as evaluate_settings
 from stages.settings.experiment import Experiment
 from stages.shared.runtime import runtime_of
@@ -66,23 +65,23 @@ def run(ctx: StageRun) -> dict:
     session = session_of(ctx, trains=False)
     tools, prompts, text_rows = evaluate.prepare(c, ctx.experiment, session, runtime_of(ctx), ctx.inputs, ctx.sources)
     form = form_of_base(c.base_prompt, ctx.experiment.model.name_or_path) if c.policy == "base" else "chat"
-    policy = tools.policy_of(c.policy)
+    poll = partial(session.leave_if_requested, 0, 1)
     with ctx.tracker.progress(1, f"{c.samples_per_prompt} samples a prompt") as progress:
-        queries = prompts.queries(tools.tokenizer, form)
-        poll = partial(session.leave_if_requested, 0, 1)
-        rows = measure(tools, policy, queries, prompts.chat_ids, c, seed=ctx.seed, poll=poll)
+        answered = answer_prompts(tools, c.policy, form, prompts, text_rows, c, seed=ctx.seed, poll=poll)
+        answered = with_reference(tools, answered, prompts, c.temperature, poll)
+        for judge in tools.judges:
+            answered = with_judge(tools, answered, judge, prompts, poll)
         progress.update(1)
-    gold = gold_scores(prompts.world, prompts.prompts, rows["responses"], rows["finished"])
-    if gold is not None:
-        gold = [[scores["overall"] for scores in row] for row in gold]
-    perplexity = perplexity_estimate(text_losses(policy.model, text_rows, tools.accelerator, c.batch_size))
+    measured = measured_of(tools, answered, prompts)
+    gold = measured.gold and [[scores["overall"] for scores in row] for row in measured.gold]
+    perplexity = perplexity_estimate(measured.text_losses)
     clusters = prompts.clusters
     if prompts.world is None:
         clusters = [f"prompt {i}" for i in range(len(prompts.prompts))]
-    scores = rows["scores"][REWARD_MODEL]  # the sweeps follow what PPO climbs; other judges are not read
+    scores = measured.scores[REWARD_MODEL]  # the sweeps follow what PPO climbs; other judges are not read
     content = {
         "scores": scores,
-        **{key: rows[key] for key in ("kl", "lengths", "finished")},
+        **{key: getattr(measured, key) for key in ("kl", "lengths", "finished")},
         "gold": gold,
         "clusters": clusters,
         "known": prompts.known_tasks,
@@ -90,7 +89,7 @@ def run(ctx: StageRun) -> dict:
         "perplexity": perplexity and perplexity["value"],
     }
     (ctx.publish / "samples.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    figures = {"score": _mean(scores), "gold": gold and _mean(gold), "kl": _mean(rows["kl"])}
+    figures = {"score": _mean(scores), "gold": gold and _mean(gold), "kl": _mean(measured.kl)}
     return figures | {"perplexity": content["perplexity"]}
 
 

@@ -19,14 +19,16 @@ from stages.models.layout import Layout
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
 from stages.models.soft_prompts import SoftPrompt
+from stages.rollouts.transformers import Decoding, sample_with_logprobs
 from stages.settings import ppo as ppo_settings
-from stages.tools import memory, memory_step
+from stages.tools import memory, memory_frozen, memory_step
 from stages.tools.memory_axes import on_axes, whole_layers
 from stages.tools.memory_step import Step, take_passes, take_step
 from stages.training.trainee import make_trainee, optimizer_step
 
 MICRO = str(Path(__file__).resolve().parents[2] / "resume" / "micro.yaml")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+COMMANDS = ("chat", "playground", "serve-reward")
 WHOLE, LORA = AdapterSettings(), AdapterSettings(method="lora", r=4)
 CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
@@ -103,26 +105,37 @@ class TestStagesThatSample:
         experiment = load_experiment(config, *settings)
         config = memory.model_config(experiment.model)
 
-        def passes(steps):
+        def passes(steps, config=config):
             return take_passes(config, steps, "float32", "cpu", sharded=memory.is_sharded(experiment))
 
         given = (experiment, config, passes, "float32")
-        return {"rankings": memory.of_rankings(*given), "evaluate": memory.of_evaluate(*given)}
+        answering, judging = memory_frozen.answering(*given), memory_frozen.judging(*given[:3])
+        of_both = memory.of_evaluate(*given)
+        assert of_both == max(answering, judging, key=lambda need: need.most)
+        return {"rankings": memory.of_rankings(*given), "evaluate": answering, "judging": judging}
 
-    def test_a_policy_the_reference_and_the_judges(self):
-        policy = self.needs()["rankings"].weights
-        held = self.needs()["evaluate"].weights  # three reward models: rm.ensemble, and the judge
-        assert held == pytest.approx(5 * policy, rel=0.01)
-        alone = self.needs("evaluate.policies=[sft]", "sft.ppo_init=null")["evaluate"].weights
-        assert held - alone == policy, "SFT is the reference itself"
-        assert self.needs("rm.ensemble=1")["evaluate"].weights < held
+    def test_one_policy_or_the_models_of_an_ensemble(self):
+        needs = self.needs()
+        policy = needs["rankings"].weights
+        assert needs["evaluate"].weights == policy
+        assert needs["judging"].weights == pytest.approx(2 * policy, rel=0.01)
+        assert self.needs("rm.ensemble=1")["judging"].weights == needs["judging"].weights // 2
+
+    def test_best_of_more_samples_takes_no_more(self):
+        """Samples are drawn four batches at a time, and scored in batches."""
+        few, many = (self.needs(f"evaluate.best_of={n}", "evaluate.batch_size=8") for n in (16, 64))
+        assert few == many
+        few, many = (self.needs(f"evaluate.samples_per_prompt={n}", "evaluate.batch_size=8") for n in (16, 64))
+        assert few["evaluate"].sampling == many["evaluate"].sampling and few["judging"] == many["judging"]
+        assert many["evaluate"].step <= few["evaluate"].step
 
     def test_shards_and_vllm_take_less(self):
         whole = self.needs()
         shards = self.needs("launch.strategy=fsdp2", "launch.processes=4")
         vllm = [f"{stage}.rollout.engine=vllm" for stage in ("rankings", "evaluate")]
         elsewhere = self.needs("launch.strategy=fsdp2", "launch.processes=4", *vllm)
-        for stage, need in whole.items():
+        for stage in ("rankings", "evaluate"):
+            need = whole[stage]
             assert shards[stage].weights == need.weights // 4
             assert shards[stage].sampling > whole["rankings"].weights, "sampling gathers a policy whole"
             assert elsewhere[stage].sampling == 0 and elsewhere[stage].weights == shards[stage].weights
@@ -167,9 +180,9 @@ def test_doctor_tells_the_cpus_memory_apart(capsys, monkeypatch):
     monkeypatch.setattr("stages.shared.runtime.device_of", lambda experiment: "cuda")
     config = Path(__file__).resolve().parents[2] / "resume" / "micro.yaml"
     needs = {need.stage: need for need in memory.of_experiment(load_experiment(config, "launch.offload=all"), "cuda")}
-    assert len(needs) == 7 and all(
-        need.weights == need.moments == need.kept == 0 < need.host for need in needs.values()
-    )
+    stages = [need for name, need in needs.items() if name not in COMMANDS]
+    assert len(stages) == 7 and all(need.weights == need.moments == need.kept == 0 < need.host for need in stages)
+    assert all(needs[name].host == 0 < needs[name].weights for name in COMMANDS), "they are one process, without shards"
     plain = {need.stage: need for need in memory.of_experiment(load_experiment(config), "cuda")}
     assert all(needs[stage].most < need.most for stage, need in plain.items() if stage in ("base", "sft", "rm", "dpo"))
     assert print_memory(load_experiment(config, "launch.offload=all"), Console(width=160)) == 0
@@ -321,6 +334,22 @@ def test_doctor_prints_a_line_a_stage(capsys, monkeypatch):
     config = Path(__file__).resolve().parents[2] / "resume" / "micro.yaml"
     assert main(["doctor", "--memory", "-c", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:8]] == ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"]
-    assert all(line.split()[-1] in ("MB", "GB") for line in lines[1:8])
+    stages = ["base", "sft", "rankings", "rm", "ppo", "dpo", "evaluate"]
+    assert [line.split()[0] for line in lines[1:11]] == [*stages, *COMMANDS]
+    assert all(line.split()[-1] in ("MB", "GB") for line in lines[1:11])
     assert main(["doctor", "--memory"]) == 2
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_sampling_holds_the_cache_that_is_foretold(n):
+    """In float32, of prompts and responses as long as they may be."""
+    model = prepare(LlamaForCausalLM(CONFIG)).requires_grad_(False)
+    assert can_pack(model, 200)
+    prompts = [[i + 3] * 24 for i in range(8 // n) for _ in range(n)]
+    decoding = Decoding(response_length=80, eos_id=-1, pad_id=0, batch_size=8)
+    sample_with_logprobs(model, prompts[:1], [0], decoding)  # tries the head
+    live = memory_step.LiveBytes()
+    live.known.update(x.untyped_storage() for x in model.parameters())
+    with live:
+        sample_with_logprobs(model, prompts, list(range(8)), decoding)
+    assert memory.cache_of(CONFIG, 8, 104, "float32") == pytest.approx(live.most, rel=0.1)
