@@ -187,7 +187,7 @@ class ModelSettings(Section):
     compile: bool | None = setting(
         False,
         "compile the decoder layers of rm, ppo and dpo with torch.compile, which fuses what lies between their matrix "
-        "products. auto or null: on CUDA, where the model can be compiled; true: also on a CPU, where it gains nothing. "
+        "products. auto or null: on CUDA, where it can be; true: also on a CPU, where it gains nothing. "
         "Not the default, since it has not been run on a GPU yet",
     )
     peft: PeftSettings | None = setting(
