@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate.state import AcceleratorState
-from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
+from pairs import Phases, Stopwatch, peak_bytes, reset_peak, serve, settle, versions
 from ppo_models import NEVER, PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
@@ -139,8 +139,8 @@ class Ours:
             text: Rows of pretraining text for ptx; None: no ptx.
 
         Returns:
-            Seconds in total and by phase, lengths of the responses, tokens computed, peak memory in
-            bytes.
+            Seconds in total, by both clocks, and by phase, lengths of the responses, tokens
+            computed, peak memory in bytes.
         """
         self.phases.take()
         reset_peak()
@@ -149,19 +149,12 @@ class Ours:
             for (module, name), phase in PHASES.items():
                 timed = self.phases.timed(getattr(module, name), self.outermost(phase))
                 stack.enter_context(patch.object(module, name, timed))
-            began = time.perf_counter()
+            watch = Stopwatch()
             lengths = self.iterate(prompts, text)
-            settle()
-            seconds = time.perf_counter() - began
+            clocks = watch.stop()
         taken = self.phases.take()
-        taken["other"] = seconds - sum(taken.values())
-        return {
-            "seconds": seconds,
-            "phases": taken,
-            "lengths": lengths,
-            "tokens": self.tokens,
-            "peak_bytes": peak_bytes(),
-        }
+        taken["other"] = clocks["seconds"] - sum(taken.values())
+        return {**clocks, "phases": taken, "lengths": lengths, "tokens": self.tokens, "peak_bytes": peak_bytes()}
 
     def outermost(self, phase: str) -> Callable[..., str]:
         """Return a function that gives the phase already running or, outside of all, `phase`."""

@@ -1,0 +1,172 @@
+"""Run every benchmark at its smallest: it ends well, and prints or keeps what it should.
+
+None of the figures means anything. What is slow here starts processes that import the libraries, or
+runs a chain of a few thousand parameters.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.stages.micro_chain import write_data
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MICRO = ("-c", str(ROOT / "tests" / "resume" / "micro.yaml"))
+SEED = (*MICRO, "--artifacts", "artifacts", "--results", "results", "--seeds", "3")
+WORLD = ("ppo.kl_target=null", "evaluate.samples_per_prompt=2", "world.prompts=160")
+"""Settings that demo_seeds, ptx and rankings can share a chain with."""
+RULE = "ppo.rewards=[{rule: instructions, at_most_words: 6, name: rule}]"
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """Say how a benchmark is run at its smallest, and what it must leave."""
+
+    words: tuple[str, ...] = ()
+    """Its command line. Paths are relative to a folder of the tests."""
+    lines: int = 0
+    """JSON lines that it prints."""
+    says: str = ""
+    """Text that it prints."""
+
+
+QUICK = {
+    "coverage": Smoke(("--draws", "4", "--naive-draws", "1", "--results", "results"), 61, "| gold, 70% perfect |"),
+    "priors": Smoke(("experiment",), says="| all | 36, 9 | words and word pairs"),
+}
+SLOW = {
+    "rm": Smoke(("--quick", "--only", "quick/step/k4/4:1/variable"), 2),
+    "dpo": Smoke(("--quick", "--only", "quick/step/k2/1:1/variable", "quick/growth"), 3),
+    "ppo": Smoke(("--quick", "--only", "quick/decode", "quick/update/variable/n1/e1/ptx"), 2),
+    "engines": Smoke(
+        (
+            "--python",
+            "python",
+            "--model",
+            "quick",
+            "--dtype",
+            "float32",
+            "--rows",
+            "n4",
+            "--pairs",
+            "1",
+            "--results",
+            "results",
+        ),
+        1,
+        "vllm_over_ours",
+    ),
+    "layouts": Smoke(says="| shard: weights, offload: all |"),
+    "checkpoints": Smoke((*MICRO, "--stages", "base", "--results", "results"), 1, "saving_s"),
+    "data_size": Smoke(("--rows", "300"), 1, "second_start"),
+}
+SHARED = {
+    "demo_seeds": Smoke((*SEED, *WORLD), 1, "PPO-ptx − SFT"),
+    "ptx": Smoke((*SEED, "--kl-factors", "1", "--samples", "2", *WORLD), says="plain PPO"),
+    "rankings": Smoke((*SEED, "--pairs", "72", "--passes", "1", *WORLD), says="K = 9, equal compute"),
+    "rule_reward": Smoke((*SEED, "--advantages", "rloo", RULE, *WORLD), 1, "after − before"),
+}  # fmt: skip
+"""Slow ones that share a chain, in this process."""
+ELSEWHERE = {
+    "conditional": "test_conditional.py",
+    "frontier": "test_frontier.py",
+    "rank_load": "test_rank_load.py",
+    "rounds": "test_rounds.py",
+    "ties": "test_ties.py",
+    "tuning_methods": "test_tuning_methods.py",
+}
+"""Benchmark → the test file that runs it."""
+WORKERS = {"ppo_ours": "ppo", "preferences_ours": "rm", "preferences_peer": "rm", "preferences_rows": "rm"}
+"""Worker process → the benchmark that starts it."""
+NEEDS_TRL_1_12 = {"ppo_parity", "ppo_peer"}
+"""What runs in an environment of its own, of 2 GB, which no test makes: ppo's rows against trl."""
+
+
+def test_every_benchmark_is_run_by_a_test():
+    """A new one needs a line in one of the tables above."""
+    files = [path for path in HERE.rglob("*.py") if not path.name.startswith("test_")]
+    programs = {path.stem for path in files if '__name__ == "__main__"' in path.read_text("utf-8")}
+    assert programs == {*QUICK, *SLOW, *SHARED, *ELSEWHERE, *WORKERS, *NEEDS_TRL_1_12}
+    assert set(WORKERS.values()) <= {*QUICK, *SLOW}
+    for name, file in ELSEWHERE.items():
+        assert name in (HERE / file).read_text("utf-8"), f"{file} does not run {name}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the working directory of all commands: data, a chain, a stand-in for vLLM's Python."""
+    root = tmp_path_factory.mktemp("smoke")
+    write_data(root / "experiment")
+    script, stand_in = root / "python", ROOT / "tests" / "rollouts" / "stand_in"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{stand_in}" exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return root
+
+
+def run(name: str, smoke: Smoke, folder: Path) -> str:
+    """Run a benchmark in a process of its own, and return what it printed."""
+    words = [str(folder / word) if word == "python" else word for word in smoke.words]
+    command = [sys.executable, str(HERE / f"{name}.py"), *words]
+    if name == "data_size":  # its results have no option
+        code = f"import data_size, pathlib; data_size.RESULTS = pathlib.Path('results/{name}.jsonl'); data_size.main()"
+        command = [sys.executable, "-c", code, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def lines_of(printed: str, smoke: Smoke) -> list[dict]:
+    """Check what a benchmark printed, and return its JSON lines."""
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(lines) == smoke.lines and smoke.says in printed, printed[-2000:]
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def results_stay():
+    """Check that no test changes the published results."""
+    files = list((HERE / "results").iterdir())
+    before = [path.read_bytes() for path in files]
+    yield
+    assert files == list((HERE / "results").iterdir()) and before == [path.read_bytes() for path in files]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_it_runs(name, folder):
+    smoke = (QUICK | SLOW)[name]
+    lines = lines_of(run(name, smoke, folder), smoke)
+    if name in ("rm", "dpo"):
+        steps = [line for line in lines if line["measure"] == "step"]
+        assert [line["peer"].split()[0] for line in steps] == ["trl", "K"]
+        for line in steps:
+            assert 0 < line["equal_math"]["max_rel_err"] < 1e-3
+            assert all(line[clock][side] > 0 for clock in ("seconds", "cpu_seconds") for side in ("ours", "peer"))
+        pairs, rows = (line["tokens"]["processed"]["peer"] for line in steps)
+        assert pairs > rows or steps[0]["k"] == 2, "in pairs, each response is computed K − 1 times"
+    if name == "ppo":
+        assert all(math.isfinite(line["ratio"]["median"]) for line in lines if line["ratio"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_it_runs_on_a_micro_chain(name, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(HERE))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    from sweeps.runner import run_command
+
+    assert run_command(module.run, list(SHARED[name].words)) == 0, capfd.readouterr().err[-4000:]
+    lines_of(capfd.readouterr().out, SHARED[name])
+    assert (folder / "results" / f"{name}.jsonl").read_text("utf-8").count("\n") >= 1
