@@ -32,7 +32,7 @@ from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import advantage_options, engine_rules, sampling_options, update_options
+from stages.ppo.options import advantage_options, sampling_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.scoring import make_scorers
@@ -45,6 +45,7 @@ from stages.scorers import reward_model
 from stages.scorers.scorer import no_poll
 from stages.settings import ppo as ppo_settings
 from stages.settings.scorers.model import ModelScorer
+from stages.shared.engines import engine_rules
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
@@ -205,7 +206,9 @@ class Ours:
             timeout=60.0,
         )
         scorer = make_scorers(roles, [ModelScorer(model="rm")], c.per_device_train_batch_size, shows_parts=False)
-        sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), 0, "transformers", spec, self.say)
+        sampler = make_sampler(
+            roles, scorer, sampling_options(c), engine_rules(c.rollout), 0, "transformers", spec, self.say
+        )
         sampler.start(no_poll)
         return sampler
 
@@ -274,7 +277,8 @@ class Ours:
         """Return whether log-probabilities must be recomputed after sampling, as a run checks."""
         as_reference = replace(self.roles, ref_policy=self.roles.policy)
         sampler = self.sampler(as_reference)
-        self.recompute = preflight(sampler, prompts, dtype=self.dtype, max_length=self.config.max_length)
+        drawn = [DrawnPrompt(ids, index) for index, ids in enumerate(prompts)]
+        self.recompute = preflight(sampler, drawn, dtype=self.dtype, max_length=self.config.max_length)
         return self.recompute
 
     def compare_decoding(self, prompts: list[list[int]]) -> float:

@@ -5,6 +5,7 @@ runs a chain of a few thousand parameters.
 """
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import running
 from tests.stages.micro_chain import write_data
 
 HERE = Path(__file__).resolve().parent
@@ -38,43 +40,30 @@ class Smoke:
     """Text that it prints."""
 
 
+PROGRAMS = {
+    "rm": Smoke(("--quick", "--only", "quick/step/k4/4:1/variable"), 2),
+    "dpo": Smoke(("--quick", "--only", "quick/step/k2/1:1/variable", "quick/growth"), 3),
+    "ppo": Smoke(("--quick", "--only", "quick/decode", "quick/update/variable/n1/e1/ptx"), 2),
+    "layouts": Smoke(says="| shard: weights, offload: all |"),
+}
+"""Benchmarks that start processes, which find their code by that of the program."""
 QUICK = {
     "coverage": Smoke(("--draws", "4", "--naive-draws", "1", "--results", "results"), 61, "| gold, 70% perfect |"),
     "priors": Smoke(("experiment",), says="| all | 36, 9 | words and word pairs"),
 }
-SLOW = {
-    "rm": Smoke(("--quick", "--only", "quick/step/k4/4:1/variable"), 2),
-    "dpo": Smoke(("--quick", "--only", "quick/step/k2/1:1/variable", "quick/growth"), 3),
-    "ppo": Smoke(("--quick", "--only", "quick/decode", "quick/update/variable/n1/e1/ptx"), 2),
+INSIDE = {
     "engines": Smoke(
-        (
-            "--python",
-            "python",
-            "--model",
-            "quick",
-            "--dtype",
-            "float32",
-            "--rows",
-            "n4",
-            "--pairs",
-            "1",
-            "--results",
-            "results",
-        ),
-        1,
-        "vllm_over_ours",
+        ("--python", "./python", "--model", "quick", "--dtype", "float32", "--rows", "n4", "--pairs", "1",
+         "--results", "results"), 1, "vllm_over_ours",
     ),
-    "layouts": Smoke(says="| shard: weights, offload: all |"),
     "checkpoints": Smoke((*MICRO, "--stages", "base", "--results", "results"), 1, "saving_s"),
     "data_size": Smoke(("--rows", "300"), 1, "second_start"),
-}
-SHARED = {
     "demo_seeds": Smoke((*SEED, *WORLD), 1, "PPO-ptx − SFT"),
     "ptx": Smoke((*SEED, "--kl-factors", "1", "--samples", "2", *WORLD), says="plain PPO"),
     "rankings": Smoke((*SEED, "--pairs", "72", "--passes", "1", *WORLD), says="K = 9, equal compute"),
     "rule_reward": Smoke((*SEED, "--advantages", "rloo", RULE, *WORLD), 1, "after − before"),
 }  # fmt: skip
-"""Slow ones that share a chain, in this process."""
+"""Benchmarks that run in the test's process; the last four share a chain."""
 ELSEWHERE = {
     "conditional": "test_conditional.py",
     "frontier": "test_frontier.py",
@@ -94,8 +83,8 @@ def test_every_benchmark_is_run_by_a_test():
     """A new one needs a line in one of the tables above."""
     files = [path for path in HERE.rglob("*.py") if not path.name.startswith("test_")]
     programs = {path.stem for path in files if '__name__ == "__main__"' in path.read_text("utf-8")}
-    assert programs == {*QUICK, *SLOW, *SHARED, *ELSEWHERE, *WORKERS, *NEEDS_TRL_1_12}
-    assert set(WORKERS.values()) <= {*QUICK, *SLOW}
+    assert programs == {*PROGRAMS, *QUICK, *INSIDE, *ELSEWHERE, *WORKERS, *NEEDS_TRL_1_12}
+    assert set(WORKERS.values()) <= {*PROGRAMS}
     for name, file in ELSEWHERE.items():
         assert name in (HERE / file).read_text("utf-8"), f"{file} does not run {name}"
 
@@ -111,17 +100,13 @@ def folder(tmp_path_factory):
     return root
 
 
-def run(name: str, smoke: Smoke, folder: Path) -> str:
-    """Run a benchmark in a process of its own, and return what it printed."""
-    words = [str(folder / word) if word == "python" else word for word in smoke.words]
-    command = [sys.executable, str(HERE / f"{name}.py"), *words]
-    if name == "data_size":  # its results have no option
-        code = f"import data_size, pathlib; data_size.RESULTS = pathlib.Path('results/{name}.jsonl'); data_size.main()"
-        command = [sys.executable, "-c", code, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+@pytest.fixture(autouse=True)
+def results_stay():
+    """Check that no test changes the published results."""
+    files = sorted((HERE / "results").iterdir())
+    before = [path.read_bytes() for path in files]
+    yield
+    assert files == sorted((HERE / "results").iterdir()) and before == [path.read_bytes() for path in files]
 
 
 def lines_of(printed: str, smoke: Smoke) -> list[dict]:
@@ -131,19 +116,15 @@ def lines_of(printed: str, smoke: Smoke) -> list[dict]:
     return lines
 
 
-@pytest.fixture(autouse=True)
-def results_stay():
-    """Check that no test changes the published results."""
-    files = list((HERE / "results").iterdir())
-    before = [path.read_bytes() for path in files]
-    yield
-    assert files == list((HERE / "results").iterdir()) and before == [path.read_bytes() for path in files]
-
-
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_it_runs(name, folder):
-    smoke = (QUICK | SLOW)[name]
-    lines = lines_of(run(name, smoke, folder), smoke)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs(name, folder):
+    smoke = PROGRAMS[name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(HERE / f"{name}.py"), *smoke.words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = lines_of(done.stdout, smoke)
     if name in ("rm", "dpo"):
         steps = [line for line in lines if line["measure"] == "step"]
         assert [line["peer"].split()[0] for line in steps] == ["trl", "K"]
@@ -156,17 +137,28 @@ def test_it_runs(name, folder):
         assert all(math.isfinite(line["ratio"]["median"]) for line in lines if line["ratio"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED)
-def test_it_runs_on_a_micro_chain(name, folder, monkeypatch, capfd):
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in INSIDE)])
+def test_it_runs(name, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.syspath_prepend(str(HERE))  # benchmarks import each other from their own folder
+    monkeypatch.setattr(running.checkpoints, "CheckpointStore", running.checkpoints.CheckpointStore)  # or watched on
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up their module
     spec.loader.exec_module(module)
+    if name == "data_size":  # the only one without --results
+        monkeypatch.setattr(module, "RESULTS", folder / "results" / "data_size.jsonl")
     from sweeps.runner import run_command
 
-    assert run_command(module.run, list(SHARED[name].words)) == 0, capfd.readouterr().err[-4000:]
-    lines_of(capfd.readouterr().out, SHARED[name])
-    assert (folder / "results" / f"{name}.jsonl").read_text("utf-8").count("\n") >= 1
+    smoke = (QUICK | INSIDE)[name]
+    words = list(smoke.words)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    if hasattr(module, "main"):
+        ended = module.main(words) if inspect.signature(module.main).parameters else module.main()
+    else:
+        ended = run_command(module.run, words)
+    printed = capfd.readouterr()
+    assert not ended, printed.err[-4000:]
+    lines_of(printed.out, smoke)
+    if name != "priors":  # it only prints
+        assert (folder / "results" / f"{name}.jsonl").read_text("utf-8").startswith("{")
