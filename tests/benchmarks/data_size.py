@@ -71,10 +71,10 @@ def check(folder: Path) -> None:
 def split(folder: Path) -> None:
     """Split the rankings as the stage rankings does."""
     from pipeline.stage import Source
-    from stages.rankings import split_given
+    from stages.rankings import Shares, split_given
 
     (folder / "split").mkdir(exist_ok=True)
-    split_given(Source(path=folder / "rankings.jsonl"), 0.05, folder / "split", quiet(folder), None)
+    split_given(Source(path=folder / "rankings.jsonl"), Shares(0.05, 0.0, False), folder / "split", quiet(folder), None)
 
 
 def start(folder: Path) -> None:

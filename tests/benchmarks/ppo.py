@@ -8,8 +8,9 @@ and ppo_peer.py, measure a row in turns (pairs.py) on the same prompts, weights 
 threads and number of optimizer steps. `ratio` is ours over the peer's: samples a second, tokens a
 second, or bytes at the peak. `seconds` is the wall's clock, `cpu_seconds` that of the process on
 all its cores. `collections` says how often trl calls gc.collect and torch.cuda.empty_cache in an
-update and what that takes; it is part of its time. Before a ratio is measured, both sides compute
-the same few episodes, and must agree to 1e-3 in every log-probability, value, score and gradient.
+update and what that takes; it is part of its time, and `ratio_without_collections` leaves it out.
+Before a ratio is measured, both sides compute the same few episodes, and must agree to 1e-3 in
+every log-probability, value, score and gradient.
 
 In mode `tuned` the peer runs without checkpointing, in the fastest of three micro-batches tried in
 this run (once for each model). In mode `as_shipped` it has trl's defaults except for the workload;
@@ -336,6 +337,9 @@ def measure_update(session: Session, row: Row, pairs: int) -> dict:
         "cpu_seconds": cpu_seconds,
         "phases_s": {"ours": medians([x["phases"] for x in ours]), "peer": medians([x["phases"] for x in peer])},
         "collections": medians([x["collections"] for x in peer]),
+        "ratio_without_collections": ratio(
+            [(b["seconds"] - b["collections"]["seconds"]) / a["seconds"] for a, b in zip(ours, peer, strict=True)]
+        ),
         **figures,
         "peak_bytes": {
             side: max(x["peak_bytes"] for x in answers) for side, answers in zip(SIDES, (ours, peer), strict=True)

@@ -86,13 +86,13 @@ class Ours:
             dtype: Data type of the products.
         """
         self.roles = self.learners = self.unpacked = None
-        self.folders, self.dtype = folders, dtype
+        self.folders, self.dtype = {role: Path(folder) for role, folder in folders.items()}, dtype
         AcceleratorState._reset_state(True)  # or every Accelerator would share the last one's dtype
         roles = Roles(
-            load_policy(folders["policy"]),
-            load_policy(folders["ref_policy"]).requires_grad_(False),
-            {"rm": load_scalar_model(folders["reward_model"]).requires_grad_(False)},
-            load_scalar_model(folders["value_model"]),
+            load_policy(self.folders["policy"]),
+            load_policy(self.folders["ref_policy"]).requires_grad_(False),
+            {"rm": load_scalar_model(self.folders["reward_model"]).requires_grad_(False)},
+            load_scalar_model(self.folders["value_model"]),
             SimpleNamespace(pad_token_id=PAD, eos_token_id=None),
             make_accelerator(DEVICE, dtype),
         )
