@@ -1,6 +1,7 @@
-"""Keep the tests quiet and offline by the environment that `rlhf` sets before its imports.
+"""Keep the tests quiet and offline, and start the longest files first.
 
-The copies that transformers makes of models' own code go to a temporary folder.
+The environment is the one that `rlhf` sets before its imports. The copies that transformers makes
+of models' own code go to a temporary folder.
 """
 
 import os
@@ -8,9 +9,55 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from pipeline.launch.environment import set_environment
 
 MODULES = tempfile.TemporaryDirectory(prefix="rlhf-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 set_environment({})
 sys.path.insert(0, str(Path(__file__).parent))  # remote_model
+
+ROOT = Path(__file__).resolve().parent
+LONGEST = (
+    "test_demo.py",  # 330 to 550 s on two cores
+    "resume/test_faults.py",  # 420 s
+    "stages/test_minimal.py",  # 225 s
+    "models/test_families.py",  # 120 s
+    "resume",
+    "people/browser/test_killed.py",  # 80 s
+    "test_notebook.py",
+)
+"""Files and folders whose slow tests take longest, in the order in which they start."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files without a slow test out of `-m slow`: importing all takes a minute a worker."""
+    if config.option.markexpr != "slow" or not collection_path.match("test_*.py") or names_slow(collection_path):
+        return None
+    return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, so that no worker is alone with one of them in the end.
+
+    Raises:
+        pytest.UsageError: `-m slow` would not find a slow test.
+    """
+    for path in {item.path for item in items if item.get_closest_marker("slow")}:
+        if not names_slow(path):
+            raise pytest.UsageError(f"{path}: it has a slow test, but not the word slow, by which -m slow finds files")
+    if config.option.markexpr != "slow":
+        return
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT)
+        found = [i for i, name in enumerate(LONGEST) if Path(name) in (path, *path.parents)]
+        return min(found, default=len(LONGEST))
+
+    items.sort(key=place)  # stable: the tests of a file keep their order
+
+
+def names_slow(path: Path) -> bool:
+    """Return whether a test file has the word slow, as one with a slow test has."""
+    return "slow" in path.read_text(encoding="utf-8")

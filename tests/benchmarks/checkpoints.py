@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", default="configs/tiny.yaml", help="the experiment's YAML")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="stages to measure")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", metavar="DIR", help="folder of the results files"
+    )
     args = parser.parse_args([word for word in argv if not cli.is_setting(word)])
     settings = ["checkpoints.every=null", *(word for word in argv if cli.is_setting(word))]
     running.checkpoints.CheckpointStore = Watched
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
                 "bytes_of_the_last": store.bytes,
                 **stamp(),
             }
-            save_row(row, ("bench", "config", "settings", "stage"), HERE / "results" / "checkpoints.jsonl")
+            save_row(row, ("bench", "config", "settings", "stage"), args.results / "checkpoints.jsonl")
     return 0
 
 

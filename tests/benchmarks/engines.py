@@ -47,6 +47,9 @@ def main() -> int:
     )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="rows to measure")
     parser.add_argument("--pairs", type=int, default=5, help="number of pairs for each row")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", metavar="DIR", help="folder of the results files"
+    )
     args = parser.parse_args()
     if shutil.which(args.python) is None:
         parser.error(f"--python: {args.python} is not a program; install vLLM as the README describes")
@@ -74,7 +77,7 @@ def main() -> int:
             figures = measure(policy, engine, *ROWS[name], args)
             row = {"name": f"{args.model}/{name}", "dtype": args.dtype, "start_seconds": round(started, 1)} | figures
             row |= stamp() | versions("torch", "transformers")
-            save_row(row, ("name", "dtype", "machine"), HERE / "results" / "engines.jsonl")
+            save_row(row, ("name", "dtype", "machine"), args.results / "engines.jsonl")
         engine.close()
     return 0
 

@@ -153,6 +153,48 @@ class Clock:
         print(f"[{self.elapsed:5.1f} min] {text}", file=sys.stderr, flush=True)
 
 
+class Stopwatch:
+    """Measure a piece of work by both clocks: the wall's, and this process's on all its cores."""
+
+    def __init__(self):
+        """Start both clocks."""
+        settle()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> dict[str, float]:
+        """Return `seconds` and `cpu_seconds` since the start."""
+        settle()
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+class Collections:
+    """Count what a library's own calls of gc.collect and torch.cuda.empty_cache cost."""
+
+    def __init__(self):
+        """Wrap both functions for the rest of this process."""
+        self.calls, self.seconds = 0, 0.0
+        gc.collect = self._counted(gc.collect)
+        if (device := gpu()) is not None:
+            device.empty_cache = self._counted(device.empty_cache)
+
+    def _counted(self, function: Callable) -> Callable:
+        def wrapper(*args: Any) -> Any:
+            settle()
+            began = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
+
+        return wrapper
+
+    def take(self) -> dict[str, float]:
+        """Return `calls` and `seconds` since the last call, and start again from zero."""
+        taken = {"calls": self.calls, "seconds": self.seconds}
+        self.calls, self.seconds = 0, 0.0
+        return taken
+
+
 class Phases:
     """Measure the seconds spent in each phase.
 

@@ -6,13 +6,17 @@ Also `make bench BENCH=ppo`. Prints one JSON line for each row as soon as it is 
 it in results/ppo.jsonl (one line a key, replaced by each run). Two long-lived workers, ppo_ours.py
 and ppo_peer.py, measure a row in turns (pairs.py) on the same prompts, weights (ppo_models.py),
 threads and number of optimizer steps. `ratio` is ours over the peer's: samples a second, tokens a
-second, or bytes at the peak. Before a ratio is measured, both sides compute the same few episodes,
-and must agree to 1e-3 in every log-probability, value, score and gradient.
+second, or bytes at the peak. `seconds` is the wall's clock, `cpu_seconds` that of the process on
+all its cores. `collections` says how often trl calls gc.collect and torch.cuda.empty_cache in an
+update and what that takes; it is part of its time, and `ratio_without_collections` leaves it out.
+Before a ratio is measured, both sides compute the same few episodes, and must agree to 1e-3 in
+every log-probability, value, score and gradient.
 
 In mode `tuned` the peer runs without checkpointing, in the fastest of three micro-batches tried in
 this run (once for each model). In mode `as_shipped` it has trl's defaults except for the workload;
 if that amounts to the same work as `tuned`, it is not measured again. Our side has its defaults.
-The peer's environment is created if it is missing; PEER_PYTHON names another one.
+The peer's environment is created if a row needs it and it is missing; PEER_PYTHON names another
+one. Decoding and ptx need none.
 
 If torch sees a GPU there are also rows of a 1.3B model on it (--only 1.3B): prompts and responses
 of 512 tokens, batch 128, bfloat16 products (the peer's weights are bfloat16; ours stay fp32, with
@@ -123,17 +127,15 @@ def plan(models: list[str]) -> list[Row]:
 class Session:
     """Hold both workers with one model loaded, and what this run has learnt about it."""
 
-    def __init__(self, model: str, folder: Path, peer_python: str, clock: Clock):
-        """Prepare a session; workers start when they are needed.
+    def __init__(self, model: str, folder: Path, clock: Clock):
+        """Prepare a session; workers start, and the peer's environment is made, when needed.
 
         Args:
             model: Name of the model.
             folder: Scratch folder.
-            peer_python: Interpreter of the peer's environment.
             clock: Prints progress.
         """
         self.model, self.folder, self.clock = model, folder, clock
-        self.pythons = {"ours": sys.executable, "peer": peer_python}
         self.workers: dict[str, Worker] = {}
         self.versions: dict[str, dict] = {}
         self.warm = False
@@ -152,7 +154,8 @@ class Session:
         """
         for side in sides or SIDES:
             if side not in self.workers:
-                command = [self.pythons[side], "-W", "ignore", str(HERE / f"ppo_{side}.py")]
+                python = sys.executable if side == "ours" else peer_python(self.clock)
+                command = [python, "-W", "ignore", str(HERE / f"ppo_{side}.py")]
                 env = THREADS if self.model in COMPARED else THREADS | NO_GPU
                 self.workers[side] = Worker(side, command, self.folder / f"{side}.log", env)
                 self.versions[side] = self.workers[side].ask("hello")
@@ -321,14 +324,22 @@ def measure_update(session: Session, row: Row, pairs: int) -> dict:
     figures["tokens"]["response_mean"] |= {"peer": mean_length(peer)}
     if row.epochs > 1:
         figures["law"] = epochs_law(session, row, ours)
-    seconds = {"ours": median_seconds(ours), "peer": median_seconds(peer)}
+    seconds, cpu_seconds = (
+        {"ours": median_seconds(ours, clock), "peer": median_seconds(peer, clock)}
+        for clock in ("seconds", "cpu_seconds")
+    )
     if row.epochs == 1:
         session.seconds = seconds
     line = {
         "ratio": ratio([b["seconds"] / a["seconds"] for a, b in zip(ours, peer, strict=True)]),
         "equal_math": equal,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "phases_s": {"ours": medians([x["phases"] for x in ours]), "peer": medians([x["phases"] for x in peer])},
+        "collections": medians([x["collections"] for x in peer]),
+        "ratio_without_collections": ratio(
+            [(b["seconds"] - b["collections"]["seconds"]) / a["seconds"] for a, b in zip(ours, peer, strict=True)]
+        ),
         **figures,
         "peak_bytes": {
             side: max(x["peak_bytes"] for x in answers) for side, answers in zip(SIDES, (ours, peer), strict=True)
@@ -348,9 +359,9 @@ def work(config: dict) -> dict:
     return effective | {key: config[key] for key in (*sizes, "dtype", "attention", "optimizer")}
 
 
-def median_seconds(answers: list[dict]) -> float:
-    """Return the median of the answers' seconds."""
-    return round(statistics.median(x["seconds"] for x in answers), 3)
+def median_seconds(answers: list[dict], clock: str = "seconds") -> float:
+    """Return the median of the answers' seconds by one of both clocks."""
+    return round(statistics.median(x[clock] for x in answers), 3)
 
 
 def mean_length(answers: list[dict]) -> float:
@@ -437,7 +448,7 @@ def measure_ptx(session: Session, row: Row, _: int) -> dict:
 
     Only our side is measured, because the peer has no ptx.
     """
-    session.start()
+    session.start("ours")
     session.our_setup(row)
     session.warm_up(row)
     vocabulary = SHAPES[session.model]["vocab_size"]
@@ -455,6 +466,7 @@ def measure_ptx(session: Session, row: Row, _: int) -> dict:
     return {
         "ratio": None,
         "seconds": {"ours": round(update["seconds"], 3)},
+        "cpu_seconds": {"ours": round(update["cpu_seconds"], 3)},
         "phases_s": {"ours": medians([update["phases"]])},
         "peer": None,
         "law": law | {"over_sft": round(ptx_seconds / (rows * PTX_LENGTH * seconds_per_token), 3)},
@@ -467,7 +479,7 @@ def measure_decode(session: Session, row: Row, pairs: int) -> dict:
 
     Our sampler and transformers' generate run in turns in the same process.
     """
-    session.start()
+    session.start("ours")
     session.our_setup(row)
     length, worker = LONGEST[session.model], session.workers["ours"]
 
@@ -550,7 +562,7 @@ def measure(session: Session, row: Row, pairs: int) -> dict:
     if row.ptx:
         measure_row = measure_ptx
     figures = measure_row(session, row, row.pairs or pairs)
-    peer = figures.pop("peer", f"trl {session.versions['peer']['trl']}")
+    peer = figures.pop("peer") if "peer" in figures else f"trl {session.versions['peer']['trl']}"
     return {
         "bench": "ppo",
         "measure": row.measure,
@@ -596,16 +608,10 @@ def peer_python(clock: Clock) -> str:
 
 def main() -> int:
     """Run the benchmark and return the exit code."""
-
-    def open_session(model: str, folder: Path, clock: Clock) -> Session:
-        return Session(model, folder, peer_python(clock), clock)
-
     models = ["4.7M", "135M"]
     if torch.cuda.is_available():
         models += COMPARED
-    return run_bench(
-        "ppo", __doc__, models, minutes=80.0, key=KEY, plan=plan, open_session=open_session, measure=measure
-    )
+    return run_bench("ppo", __doc__, models, minutes=80.0, key=KEY, plan=plan, open_session=Session, measure=measure)
 
 
 if __name__ == "__main__":

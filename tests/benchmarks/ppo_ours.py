@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate.state import AcceleratorState
-from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
+from pairs import Phases, Stopwatch, peak_bytes, reset_peak, serve, settle, versions
 from ppo_models import NEVER, PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
@@ -32,7 +32,7 @@ from stages.models.roles import Roles
 from stages.objectives.losses import policy_loss, value_loss
 from stages.ppo import update as ppo_update
 from stages.ppo.figures import describe, not_finite_episodes
-from stages.ppo.options import advantage_options, engine_rules, sampling_options, update_options
+from stages.ppo.options import advantage_options, sampling_options, update_options
 from stages.ppo.run import advantage, reward
 from stages.ppo.sampling import Sampler, make_sampler, preflight
 from stages.ppo.scoring import make_scorers
@@ -45,6 +45,7 @@ from stages.scorers import reward_model
 from stages.scorers.scorer import no_poll
 from stages.settings import ppo as ppo_settings
 from stages.settings.scorers.model import ModelScorer
+from stages.shared.engines import engine_rules
 from stages.shared.runtime import make_accelerator
 from stages.training.trainee import Average, Skips, make_trainee
 
@@ -85,13 +86,13 @@ class Ours:
             dtype: Data type of the products.
         """
         self.roles = self.learners = self.unpacked = None
-        self.folders, self.dtype = folders, dtype
+        self.folders, self.dtype = {role: Path(folder) for role, folder in folders.items()}, dtype
         AcceleratorState._reset_state(True)  # or every Accelerator would share the last one's dtype
         roles = Roles(
-            load_policy(folders["policy"]),
-            load_policy(folders["ref_policy"]).requires_grad_(False),
-            {"rm": load_scalar_model(folders["reward_model"]).requires_grad_(False)},
-            load_scalar_model(folders["value_model"]),
+            load_policy(self.folders["policy"]),
+            load_policy(self.folders["ref_policy"]).requires_grad_(False),
+            {"rm": load_scalar_model(self.folders["reward_model"]).requires_grad_(False)},
+            load_scalar_model(self.folders["value_model"]),
             SimpleNamespace(pad_token_id=PAD, eos_token_id=None),
             make_accelerator(DEVICE, dtype),
         )
@@ -139,8 +140,8 @@ class Ours:
             text: Rows of pretraining text for ptx; None: no ptx.
 
         Returns:
-            Seconds in total and by phase, lengths of the responses, tokens computed, peak memory in
-            bytes.
+            Seconds in total, by both clocks, and by phase, lengths of the responses, tokens
+            computed, peak memory in bytes.
         """
         self.phases.take()
         reset_peak()
@@ -149,19 +150,12 @@ class Ours:
             for (module, name), phase in PHASES.items():
                 timed = self.phases.timed(getattr(module, name), self.outermost(phase))
                 stack.enter_context(patch.object(module, name, timed))
-            began = time.perf_counter()
+            watch = Stopwatch()
             lengths = self.iterate(prompts, text)
-            settle()
-            seconds = time.perf_counter() - began
+            clocks = watch.stop()
         taken = self.phases.take()
-        taken["other"] = seconds - sum(taken.values())
-        return {
-            "seconds": seconds,
-            "phases": taken,
-            "lengths": lengths,
-            "tokens": self.tokens,
-            "peak_bytes": peak_bytes(),
-        }
+        taken["other"] = clocks["seconds"] - sum(taken.values())
+        return {**clocks, "phases": taken, "lengths": lengths, "tokens": self.tokens, "peak_bytes": peak_bytes()}
 
     def outermost(self, phase: str) -> Callable[..., str]:
         """Return a function that gives the phase already running or, outside of all, `phase`."""
@@ -212,7 +206,9 @@ class Ours:
             timeout=60.0,
         )
         scorer = make_scorers(roles, [ModelScorer(model="rm")], c.per_device_train_batch_size, shows_parts=False)
-        sampler = make_sampler(roles, scorer, sampling_options(c), engine_rules(c), 0, "transformers", spec, self.say)
+        sampler = make_sampler(
+            roles, scorer, sampling_options(c), engine_rules(c.rollout), 0, "transformers", spec, self.say
+        )
         sampler.start(no_poll)
         return sampler
 
@@ -281,7 +277,8 @@ class Ours:
         """Return whether log-probabilities must be recomputed after sampling, as a run checks."""
         as_reference = replace(self.roles, ref_policy=self.roles.policy)
         sampler = self.sampler(as_reference)
-        self.recompute = preflight(sampler, prompts, dtype=self.dtype, max_length=self.config.max_length)
+        drawn = [DrawnPrompt(ids, index) for index, ids in enumerate(prompts)]
+        self.recompute = preflight(sampler, drawn, dtype=self.dtype, max_length=self.config.max_length)
         return self.recompute
 
     def compare_decoding(self, prompts: list[list[int]]) -> float:

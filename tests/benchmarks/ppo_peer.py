@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
+from pairs import Collections, Phases, Stopwatch, peak_bytes, reset_peak, serve, versions
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -84,7 +83,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.models, self.trainer = {}, None
-        self.phases = Phases()
+        self.phases, self.collections = Phases(), Collections()
 
     def hello(self) -> dict:
         """Return versions and the number of threads."""
@@ -169,7 +168,7 @@ class Peer:
             "optimizer": f"{type(self.trainer.optimizer.optimizer).__name__} ({args.optim})",
         }
 
-    def train(self, prompts: list[list[int]], *patches: AbstractContextManager) -> tuple[float, dict]:
+    def train(self, prompts: list[list[int]], *patches: AbstractContextManager) -> tuple[dict[str, float], dict]:
         """Run one train(), which makes one update, and check its number of optimizer steps.
 
         Args:
@@ -177,7 +176,7 @@ class Peer:
             *patches: Patches that are active meanwhile.
 
         Returns:
-            Seconds and what the trainer logged.
+            Seconds by both clocks, and what the trainer logged.
         """
         trainer, self.prompts = self.trainer, prompts
         stepped, logged = [], {}
@@ -187,10 +186,10 @@ class Peer:
         with ExitStack() as stack:
             for one in (patch.object(trainer, "log", logged.update), *patches):
                 stack.enter_context(one)
-            began = time.perf_counter()
+            self.collections.take()
+            watch = Stopwatch()
             trainer.train()
-            settle()
-            seconds = time.perf_counter() - began
+            clocks = watch.stop()
         counter.remove()
         expected = self.steps * trainer.args.num_ppo_epochs
         assert len(stepped) == expected, f"{len(stepped)} optimizer steps in an update instead of {expected}"
@@ -198,10 +197,15 @@ class Peer:
         # In bfloat16 a step of 3e-6 is smaller than the last bit of a weight.
         if self.models["policy"].dtype == torch.float32:
             assert all(moved), f"the steps changed policy, value model: {moved}"
-        return seconds, logged
+        return clocks, logged
 
     def update(self, prompts: list[list[int]]) -> dict:
-        """Measure one update: seconds in total and by phase, lengths of responses, peak memory."""
+        """Measure one update.
+
+        Returns:
+            Seconds in total, by both clocks, and by phase, lengths of the responses, peak memory in
+            bytes, and the number and seconds of trl's own collections of garbage.
+        """
         phases, trainer, lengths = self.phases, self.trainer, []
         phases.take()
         reset_peak()
@@ -232,7 +236,7 @@ class Peer:
         def phase_of(model: Any, *_: Any) -> str:
             return "reward" if model is reward_model else "value"
 
-        seconds, _ = self.train(
+        clocks, _ = self.train(
             prompts,
             patch.object(ppo_trainer, "forward", timed_forward),
             patch.object(ppo_trainer, "batch_generation", timed_generation),
@@ -240,8 +244,9 @@ class Peer:
             patch.object(trainer, "log", timed_log),
         )
         taken = phases.take()
-        taken["other"] = seconds - sum(taken.values())
-        return {"seconds": seconds, "phases": taken, "lengths": lengths, "peak_bytes": peak_bytes()}
+        taken["other"] = clocks["seconds"] - sum(taken.values())
+        collected = self.collections.take()
+        return {**clocks, "phases": taken, "lengths": lengths, "peak_bytes": peak_bytes(), "collections": collected}
 
     def capture(self, prompts: list[list[int]], responses: list[list[int]] | None = None) -> tuple[dict, dict, dict]:
         """Record one update as train() really computes it.

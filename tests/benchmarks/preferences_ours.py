@@ -8,7 +8,6 @@ one forward pass.
 """
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -17,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from accelerate.state import AcceleratorState
-from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
-from ppo_models import PAD, SHAPES, ceilings, craft
+from pairs import Phases, Stopwatch, peak_bytes, reset_peak, serve, versions
+from ppo_models import FIRST_WORD, PAD, SHAPES, ceilings, craft
 from safetensors.torch import load_file
 
 from data.groups import PromptGroup, batch_groups
 from stages import dpo
-from stages.models.forward import response_logprobs, response_scores
+from stages.models.forward import head_is_linear, response_logprobs, response_scores
 from stages.models.loading import load_policy, load_scalar_model
 from stages.models.packing import can_pack
 from stages.objectives.logprobs import sequence_logps
@@ -43,7 +42,7 @@ class Ours:
 
     def __init__(self, bench: str):
         """Choose the stage, "rm" or "dpo", with its default settings."""
-        self.bench, self.phases, self.tokens = bench, Phases(), 0
+        self.bench, self.phases, self.tokens, self.real = bench, Phases(), 0, 0
         self.settings = rm_settings.RMSettings() if bench == "rm" else dpo_settings.DPOSettings()
 
     def hello(self) -> dict:
@@ -72,13 +71,16 @@ class Ours:
             model.to(self.accelerator.device)
             model.base_model.register_forward_pre_hook(self.count, with_kwargs=True)
         self.packed = all([can_pack(model, 1024) for model in models])
+        if self.bench == "dpo":  # tried once a model, here and not in the first step, whose tokens are counted
+            assert all([head_is_linear(model) for model in models])
         self.model, self.reference = models[0], models[-1]
         self.trainee = make_trainee("model", self.model, learning_rate=1e-6, max_grad_norm=self.settings.max_grad_norm)
         self.phases.time_optimizer(self.trainee.optimizer)
 
     def count(self, _: Any, args: tuple, kwargs: dict) -> None:
-        """Count the tokens that pass through the trunk, padding included."""
-        self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
+        """Count the tokens that pass through the trunk, with padding and without."""
+        ids = kwargs.get("input_ids", args[0] if args else torch.empty(0))
+        self.tokens, self.real = self.tokens + ids.numel(), self.real + (ids >= FIRST_WORD).sum()
 
     def config(self) -> dict:
         """Return the settings that decide the time of a step."""
@@ -102,22 +104,26 @@ class Ours:
         return self.one_step(rankings)
 
     def one_step(self, rankings: list[dict]) -> dict:
-        """Take one optimizer step; return its seconds, phases, tokens and peak memory."""
-        groups, self.tokens = groups_of(rankings), 0
+        """Take one optimizer step.
+
+        Returns:
+            Its seconds by both clocks, phases, tokens with padding and without (`real`), peak
+            memory.
+        """
+        groups, self.tokens, self.real = groups_of(rankings), 0, 0
         if DEVICE == "cuda":
             self.settings = self.settings.model_copy(update={"per_device_train_batch_size": len(groups)})
         self.phases.take()
         reset_peak()
-        settle()
-        began = time.perf_counter()
+        watch = Stopwatch()
         references = self.reference_logps(groups)
         self.gradients(groups, references)
         optimizer_step(self.trainee, 1e-6, 1)
-        settle()
-        seconds = time.perf_counter() - began
+        clocks = watch.stop()
         taken = self.phases.take()
-        taken["update"] = seconds - sum(taken.values())
-        return {"seconds": seconds, "phases": taken, "tokens": self.tokens, "peak_bytes": peak_bytes()}
+        taken["update"] = clocks["seconds"] - sum(taken.values())
+        tokens = {"tokens": self.tokens, "real": int(self.real)}
+        return {**clocks, "phases": taken, **tokens, "peak_bytes": peak_bytes()}
 
     def reference_logps(self, groups: list[PromptGroup]) -> list[torch.Tensor] | None:
         """Compute the reference's log-probability of each response; None for a reward model."""

@@ -12,7 +12,6 @@ import gc
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from pairs import Phases, peak_bytes, reset_peak, serve, settle, versions
+from pairs import Collections, Phases, Stopwatch, peak_bytes, reset_peak, serve, versions
 from ppo_models import FIRST_WORD
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from data.tokenizer import train_tokenizer
 
 
 class Clock(TrainerCallback):
-    """Record when the step began and how long it took."""
+    """Record how long the step took, and what its collections of garbage cost."""
+
+    def __init__(self):
+        self.collections = Collections()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        settle()
-        self.began = time.perf_counter()
+        self.collections.take()
+        self.watch = Stopwatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        settle()
-        self.seconds = time.perf_counter() - self.began
+        self.clocks, self.collected = self.watch.stop(), self.collections.take()
 
 
 class Peer:
@@ -49,15 +51,16 @@ class Peer:
 
     def __init__(self, bench: str):
         """Choose the trainer, "rm" or "dpo", and make a tokenizer for it."""
-        self.bench, self.trainer, self.micro = bench, None, None
+        self.bench, self.trainer, self.sizes = bench, None, None
         self.phases, self.clock = Phases(), Clock()
         self.tokenizer = train_tokenizer(["a few words"] * 3, vocab_size=300)  # trl reads only its padding
         assert self.tokenizer.pad_token_id < FIRST_WORD, "a response might end with padding"
         disable_progress_bar()
 
     def hello(self) -> dict:
-        """Return versions and the number of threads."""
-        return versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
+        """Return versions, the number of threads, and whether Liger's kernels can be used."""
+        found = versions("torch", "transformers", "trl", "accelerate") | {"threads": torch.get_num_threads()}
+        return found | {"liger": torch.cuda.is_available() and is_liger_kernel_available()}
 
     def load(self, folder: str, dtype: str) -> None:
         """Load the models with fp32 weights, trl's own default for bf16.
@@ -66,7 +69,7 @@ class Peer:
             folder: Folder that holds a model folder for each role.
             dtype: Data type of the products.
         """
-        self.dtype, self.trainer, self.micro = dtype, None, None
+        self.folder, self.dtype, self.trainer, self.sizes = folder, dtype, None, None
         self.model = self.reference = self.optimizer = None
         gc.collect()
         roles = ("reward_model",) if self.bench == "rm" else ("policy", "ref_policy")
@@ -77,10 +80,11 @@ class Peer:
             model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, _: Any, args: tuple, kwargs: dict) -> None:
-        """Count the tokens that pass through a model, padding included."""
-        self.tokens += kwargs.get("input_ids", args[0] if args else torch.empty(0)).numel()
+        """Count the tokens that pass through a model, with padding and without."""
+        ids = kwargs.get("input_ids", args[0] if args else torch.empty(0))
+        self.tokens, self.real = self.tokens + ids.numel(), self.real + (ids >= FIRST_WORD).sum()
 
-    def setup(self, examples: list[dict], micro: int) -> None:
+    def setup(self, examples: list[dict], micro: int, liger: bool) -> None:
         """Make a trainer whose single step covers all examples.
 
         The trainer and its optimizer are reused as long as the sizes stay the same.
@@ -88,12 +92,16 @@ class Peer:
         Args:
             examples: Rows for trl's collator.
             micro: Pairs of a micro-batch.
+            liger: Whether trl uses Liger's kernels. They are patched into the model, so the models
+                are loaded again when this changes.
         """
-        self.tokens = 0
+        self.tokens = self.real = 0
+        if self.sizes is not None and self.sizes[-1] != liger:
+            self.load(self.folder, self.dtype)
         dataset = Dataset.from_list(examples)
         accumulation = len(examples) // micro
         assert accumulation * micro == len(examples), f"{micro} does not divide {len(examples)} pairs"
-        if self.micro == (micro, accumulation):
+        if self.sizes == (micro, accumulation, liger):
             self.trainer.train_dataset = dataset
             return
         common = {
@@ -110,7 +118,8 @@ class Peer:
             "report_to": "none",
             "disable_tqdm": True,
             "logging_strategy": "no",
-            "max_length": None,
+            "max_length": None,  # nothing is cut off, as on the other side
+            "use_liger_kernel": liger,
             "dataloader_pin_memory": False,
         }
         # The constructor encodes its data set, so it gets some text; the token ids come after.
@@ -125,7 +134,7 @@ class Peer:
             self.trainer = RewardTrainer(args=RewardConfig(**common), **shared)
         else:
             self.trainer = DPOTrainer(args=DPOConfig(**common), ref_model=self.reference, **shared)
-        self.trainer.train_dataset, self.micro = dataset, (micro, accumulation)
+        self.trainer.train_dataset, self.sizes = dataset, (micro, accumulation, liger)
         self.trainer.create_optimizer()
         self.optimizer = self.trainer.optimizer  # before accelerate wraps it
         self.phases.time_optimizer(self.optimizer)
@@ -141,9 +150,11 @@ class Peer:
             "gradient_checkpointing": checkpointed,
             "attention": self.model.config._attn_implementation,
             "optimizer": f"{type(self.optimizer).__name__} ({args.optim})",
+            "use_liger_kernel": args.use_liger_kernel,
+            "max_length": args.max_length,
         }
 
-    def step(self, rankings: list[dict], micro: int) -> dict:
+    def step(self, rankings: list[dict], micro: int, liger: bool = False) -> dict:
         """Measure one optimizer step over all pairs of the rankings.
 
         On a GPU the second of two steps is measured, because the first has to allocate memory that
@@ -152,17 +163,23 @@ class Peer:
         Args:
             rankings: {"prompt", "responses", "ranks"} of each prompt, as token ids.
             micro: Pairs of a micro-batch.
+            liger: Whether trl uses Liger's kernels.
 
         Returns:
             As `one_step`.
         """
         if torch.cuda.is_available():
-            self.one_step(rankings, micro)
-        return self.one_step(rankings, micro)
+            self.one_step(rankings, micro, liger)
+        return self.one_step(rankings, micro, liger)
 
-    def one_step(self, rankings: list[dict], micro: int) -> dict:
-        """Take one optimizer step; return its seconds, phases, tokens and peak memory."""
-        self.setup(self.examples(rankings), micro)
+    def one_step(self, rankings: list[dict], micro: int, liger: bool) -> dict:
+        """Take one optimizer step.
+
+        Returns:
+            Its seconds by both clocks, phases, tokens with padding and without (`real`), peak
+            memory, and the number and seconds of collections of garbage.
+        """
+        self.setup(self.examples(rankings), micro, liger)
         watched, stepped = next(self.model.parameters()), []
         before = watched.detach().clone()
         counter = self.optimizer.register_step_post_hook(lambda *_: stepped.append(1))
@@ -172,12 +189,14 @@ class Peer:
         counter.remove()
         assert len(stepped) == 1, f"{len(stepped)} optimizer steps instead of one"
         assert not torch.equal(before, watched), "the step changed nothing"
-        optimizer = self.phases.take().get("optimizer", 0.0)
+        optimizer, clocks = self.phases.take().get("optimizer", 0.0), self.clock.clocks
         return {
-            "seconds": self.clock.seconds,
-            "phases": {"update": self.clock.seconds - optimizer, "optimizer": optimizer},
+            **clocks,
+            "phases": {"update": clocks["seconds"] - optimizer, "optimizer": optimizer},
             "tokens": self.tokens,
+            "real": int(self.real),
             "peak_bytes": peak_bytes(),
+            "collections": self.clock.collected,
         }
 
     def examples(self, rankings: list[dict]) -> list[dict]:
@@ -194,18 +213,19 @@ class Peer:
                         rows.append({"prompt_ids": r["prompt"], "chosen_ids": chosen, "rejected_ids": rejected})
         return rows
 
-    def numbers(self, rankings: list[dict], file: str) -> dict:
+    def numbers(self, rankings: list[dict], file: str, liger: bool = False) -> dict:
         """Compute loss and gradients with trl's compute_loss, all pairs in one batch.
 
         Args:
             rankings: As in `step`.
             file: Where the gradients are saved (safetensors).
+            liger: Whether trl uses Liger's kernels.
 
         Returns:
             The loss.
         """
         examples = self.examples(rankings)
-        self.setup(examples, len(examples))
+        self.setup(examples, len(examples), liger)
         inputs = self.trainer._prepare_inputs(self.trainer.data_collator(examples))
         loss = self.trainer.compute_loss(self.trainer.model, inputs)
         loss.backward()

@@ -1,7 +1,7 @@
 """Run the fault matrix: kill, starve and damage stages, and compare the resulting bytes.
 
-    python tests/resume/faults.py [--kills 200] [--cases C1 C2 …] [--stages rm ppo …] [--only
-    C1/rm/rename.3]
+    python tests/resume/faults.py [--kills 200] [--cases C1 C2:40 …] [--stages rm ppo …] [--only
+    C1/rm/rename.3] [--artifacts FOLDER]
 
 Each try starts from the finished artifacts of a small chain (micro.yaml) in which one stage has not
 run, and must end with the same bytes. Prints a table with the tries of each case and how many
@@ -712,10 +712,21 @@ def suite(name: str) -> tuple[int, int, str]:
 # -- the program -----------------------------------------------------------------------------------
 
 
-def make_chain(folder: Path) -> Chain:
-    """Return a finished chain; raise TryFailed if it does not run."""
+def make_chain(folder: Path, artifacts: Path | None = None) -> Chain:
+    """Return a finished chain.
+
+    Args:
+        folder: A folder for it.
+        artifacts: Artifacts of the whole chain, which are copied; None: it is run.
+
+    Raises:
+        TryFailed: It does not run.
+    """
     preload()
     chain = Chain(folder / "artifacts")
+    if artifacts is not None:
+        shutil.copytree(artifacts, chain.root)
+        return chain
     ended = run(["run", "evaluate", "-c", str(CONFIG), "--artifacts", str(chain.root)], folder)
     expect(ended.code == 0, f"the chain does not run: {last_line(ended.output)}")
     return chain
@@ -751,19 +762,32 @@ def trials_of(chain: Chain, case: str, stage: str, kills: int) -> list[tuple[str
     return spread([(f"{case}/{stage}/{name}", trial) for name, trial in CASES[case][1](chain, stage, kills)], most)
 
 
+def case_and_kills(text: str) -> tuple[str, int | None]:
+    """Read CASE or CASE:KILLS from the command line."""
+    name, _, kills = text.partition(":")
+    if name not in (*CASES, *TESTS) or (kills and not kills.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text}: no such case; there are {', '.join((*CASES, *TESTS))}")
+    return name, int(kills) if kills else None
+
+
 def main() -> int:
-    known = [*CASES, *TESTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, metavar="N",
                         help="random kills in all, and crash points at most; other cases take their share")  # fmt: skip
-    parser.add_argument("--cases", nargs="+", default=known, choices=known, metavar="CASE", help=", ".join(known))
+    parser.add_argument("--cases", nargs="+", type=case_and_kills, metavar="CASE[:KILLS]",
+                        help="CASE:KILLS has a number of its own; " + ", ".join((*CASES, *TESTS)))  # fmt: skip
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE")
     parser.add_argument("--only", metavar="CASE/STAGE/NAME", help="one try, its folder kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="tries at a time")
+    parser.add_argument(
+        "--artifacts", type=Path, metavar="FOLDER", help="finished artifacts of micro.yaml to start from"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there, as Markdown")
     asked = parser.parse_args()
     if asked.only:
-        asked.cases, asked.stages = [asked.only.split("/")[0]], [asked.only.split("/")[1]]
+        asked.cases, asked.stages = [(asked.only.split("/")[0], None)], [asked.only.split("/")[1]]
+    kills_of = {c: kills or asked.kills for c, kills in asked.cases or [(c, None) for c in (*CASES, *TESTS)]}
+    each = {case: max(1, kills // len(asked.stages)) for case, kills in kills_of.items()}
     began, rows, failures = time.monotonic(), [], []
 
     def book(case: str, what: str, stage: str, tries: int, passed: int, note: str) -> None:
@@ -772,9 +796,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="faults_chain_") as folder, ThreadPoolExecutor(asked.workers) as pool:
         try:
-            chain = make_chain(Path(folder))
-            for case, stage in ((c, s) for c in asked.cases if c in CASES for s in asked.stages):
-                trials = trials_of(chain, case, stage, max(1, asked.kills // len(asked.stages)))
+            chain = make_chain(Path(folder), asked.artifacts)
+            for case, stage in ((c, s) for c in kills_of if c in CASES for s in asked.stages):
+                trials = trials_of(chain, case, stage, each[case])
                 trials = [(label, trial) for label, trial in trials if asked.only in (None, label)]
                 wrongs = list(pool.map(lambda one, s=stage: attempt(chain, s, *one, bool(asked.only)), trials))
                 absent = [w for w in wrongs if w and w.startswith("not here")]
@@ -790,15 +814,15 @@ def main() -> int:
         except TryFailed as wrong:
             print(f"error: {wrong}", file=sys.stderr)
             return 2
-        for name in (c for c in asked.cases if c in TESTS):
+        for name in (c for c in kills_of if c in TESTS):
             tries, passed, wrong = suite(name)
             book(name, TESTS[name][0], "suite", tries, passed, wrong)
             failures += [(f"{name} (make test)", wrong)] if wrong or not tries else []
     minutes, total, good = (time.monotonic() - began) / 60, sum(r[3] for r in rows), sum(r[4] for r in rows)
     print(f"\n{good} of {total} tries passed in {minutes:.0f} min")
     for label, wrong in failures:
-        each = max(1, asked.kills // len(asked.stages))
-        again = f"--cases {label.split()[0]}" if "(make test)" in label else f"--only '{label}' --kills {each}"
+        case = label.split()[0].partition("/")[0]
+        again = f"--cases {case}" if "(make test)" in label else f"--only '{label}' --kills {each[case]}"
         print(f"  {label}: {wrong}\n    python tests/resume/faults.py {again}")
     if asked.table:
         asked.table.write_text(table(rows, minutes), encoding="utf-8")
