@@ -32,7 +32,7 @@ from stages.shared.runtime import adapter_settings, dtype_of
 from stages.tools.memory_axes import held_together, on_axes, on_device, whole_layers
 from stages.tools.memory_step import WIDTH, Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
-from stages.training.text import SMALL_VOCABULARY
+from stages.training.text_packing import SMALL_VOCABULARY, has_many_logits
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,14 @@ def has_whole_logits(experiment: Any, stage: str, section: Any, config: Any) -> 
         section: Its settings.
         config: transformers' configuration of its model.
     """
-    adapter = adapter_settings(model_of(experiment, stage))
-    return (
-        config.get_text_config().vocab_size <= SMALL_VOCABULARY
-        or adapter.soft_prompt is not None
-        or bool(getattr(section, "label_smoothing", None))
-        or held_together(experiment.launch)
-    )
+    vocabulary = config.get_text_config().vocab_size
+    if held_together(experiment.launch) or getattr(section, "label_smoothing", None):
+        return True
+    balances, packing = (getattr(section, name, None) for name in ("router_aux_loss_coef", "packing"))
+    many = has_many_logits(vocabulary, section.per_device_train_batch_size, section.max_length)
+    if many and not balances and packing is not False:  # the head of labels alone (`choose_pass`)
+        return False
+    return vocabulary <= SMALL_VOCABULARY or adapter_settings(model_of(experiment, stage)).soft_prompt is not None
 
 
 def summed(trains: dict[str, int]) -> int:
