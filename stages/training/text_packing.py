@@ -79,8 +79,10 @@ def choose_pass(model: nn.Module, wanted: Wanted) -> TextPass:
         wanted: What decides, besides the model.
     """
     is_lean = wanted.packing or (wanted.packing is None and wanted.has_many_logits)
-    if not is_lean or parallel.arrangement().together > 1:  # rows, or the head's weight, may be cut
+    if not is_lean:
         return TextPass()
+    if parallel.arrangement().together > 1:
+        return TextPass(why="processes share the rows, or the weights of the head")
     reads_head_alone = not (wanted.smooths_labels or wanted.balances_experts or trains_token_rows(model))
     labels_only = wanted.has_many_logits and reads_head_alone and head_is_linear(model)
     if not wanted.is_ragged:
