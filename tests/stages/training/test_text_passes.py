@@ -7,16 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, MistralConfig, Qwen3Config
 
+from pipeline.launch import parallel
 from stages.models import head
 from stages.models.adapters import AdapterSettings, with_adapter
 from stages.models.forward import head_is_linear
 from stages.models.packing import can_pack
+from stages.models.sharding import make_on_rank_zero, publishable
 from stages.shared.runtime import Runtime
 from stages.training import text_packing
 from stages.training.text import Optimization, make_trainer
 from stages.training.text_evaluation import held_out_loss
 from stages.training.text_packing import TextPass, Wanted, choose_pass
 from tests.builders import LAYERS, build, tiny_causal, tiny_tokenizer
+from tests.together import together
 
 CONFIGS = {"gemma": GemmaConfig, "granite": GraniteConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
 SHARED = {"num_key_value_heads": 1}
@@ -192,6 +195,49 @@ def test_only_labels_go_through_the_head(tokenizer, tmp_path, monkeypatch):
     labels = [sum(label != -100 for label in row["labels"][1:]) for row in ROWS]
     assert seen[:2] == [sum(labels[:3]), sum(labels[3:])]
     assert tokens[:2] == [sum(len(row["input_ids"]) for row in part) for part in (ROWS[:3], ROWS[3:])]
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
+def test_two_processes_take_the_step_of_one(sharded, tokenizer, tmp_path):
+    """One process takes it with trl's own loss."""
+    expected = weights_after_a_step(tokenizer, PLAIN, tmp_path, False)
+    assert (expected["model.norm.weight"] - 1).abs().max() > 1e-3
+    together(2, check_step, tokenizer, sharded, expected, tmp_path)
+
+
+def check_step(tokenizer, sharded, expected, folder):
+    found = weights_after_a_step(tokenizer, PASSES["packed, labels only"], folder, sharded)
+    if parallel.is_rank_zero():
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def weights_after_a_step(tokenizer, how, folder, sharded):
+    """Return the whole weights after a step of gradient descent on all rows; on rank 0."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    def made():
+        model = make("llama", tokenizer)
+        assert choose_pass(model, wanted()) == PASSES["packed, labels only"] or how == PLAIN
+        return model
+
+    count = parallel.rank_and_world_size()[1]
+    arguments = SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=3, gradient_accumulation_steps=2 // count,
+        max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=100.0, lr_scheduler_type="constant", use_cpu=True,
+        bf16=False, report_to="none", max_length=None, train_sampling_strategy="sequential", save_strategy="no",
+        activation_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    model, runtime = make_on_rank_zero(made) if sharded else made(), replace(RUNTIME, sharded=sharded)
+    rows = Dataset.from_list(ROWS)
+    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, Optimization(100.0, 0.0, 0.95), how)
+    if sharded:
+        trainer.shard_model(None)
+    trainer.train()
+    whole = publishable(trainer.accelerator.unwrap_model(trainer.model), made)
+    return {name: p.detach().clone() for name, p in whole.named_parameters()}
 
 
 def wanted(**changes):
