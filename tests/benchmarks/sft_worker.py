@@ -41,13 +41,26 @@ RUNTIME = Runtime("cpu", "float32", "sdpa", sharded=False, gradient_checkpointin
 
 
 class Clock(TrainerCallback):
-    """Record how long a step took, by both clocks."""
+    """Record how long a step took, by both clocks, and its garbage collections."""
+
+    def __init__(self) -> None:
+        self.collected, self.collect = 0.0, gc.collect
+        gc.collect = self.timed_collect
+
+    def timed_collect(self, *args: Any) -> int:
+        began = time.perf_counter()
+        found = self.collect(*args)
+        self.collected += time.perf_counter() - began
+        return found
+
+    def now(self) -> tuple[float, float, float]:
+        return time.perf_counter(), time.process_time(), self.collected
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        self.began = self.now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds, self.cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.cpu_began
+        self.seconds, self.cpu_seconds, self.gc_seconds = (b - a for a, b in zip(self.began, self.now(), strict=True))
 
 
 class Side:
@@ -56,18 +69,9 @@ class Side:
     def __init__(self, side: str):
         """Choose the trainer, "ours" or "peer", and make a tokenizer for it."""
         self.side, self.sizes, self.trainer = side, None, None
-        self.phases, self.clock, self.gc_seconds = Phases(), Clock(), 0.0
+        self.phases, self.clock = Phases(), Clock()
         self.tokenizer = train_tokenizer(["a few words"] * 3, vocab_size=300)  # trl reads only its padding
         disable_progress_bar()
-        collect = gc.collect
-
-        def timed(*args: Any) -> int:
-            began = time.perf_counter()
-            found = collect(*args)
-            self.gc_seconds += time.perf_counter() - began
-            return found
-
-        gc.collect = timed
 
     def hello(self) -> dict:
         """Return versions and the number of threads."""
@@ -80,7 +84,7 @@ class Side:
         else:
             torch.manual_seed(0)
             # a vocabulary large enough that the quick model takes the way of a real one
-            shape = SHAPES[model] | ({"vocab_size": 2**17} if model == "quick" else {})
+            shape = SHAPES[model] | ({"vocab_size": 2**16} if model == "quick" else {})
             ids = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": 1}
             made = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **ids, tie_word_embeddings=True))
         made.save_pretrained(folder)
@@ -166,7 +170,6 @@ class Side:
         watched = next(self.model.parameters())
         before = watched.detach().clone()
         self.phases.take()
-        self.gc_seconds = 0.0
         reset_peak()
         self.trainer.train()
         assert not torch.equal(before, watched), "the step changed nothing"
@@ -176,7 +179,7 @@ class Side:
         return {
             "seconds": self.clock.seconds,
             "cpu_seconds": self.clock.cpu_seconds,
-            "gc_seconds": self.gc_seconds,
+            "gc_seconds": self.clock.gc_seconds,
             "phases": {"update": self.clock.seconds - optimizer, "optimizer": optimizer},
             "tokens": self.tokens,
             "through_head": labels if reads_labels else self.tokens,
