@@ -281,7 +281,7 @@ def optimization_of(config: SFTSettings) -> Optimization:
         dropout=config.dropout,
         neftune_noise_alpha=config.neftune_noise_alpha,
         label_smoothing=config.label_smoothing,
-        packing=bool(config.packing),
+        packing=config.packing,
     )
 
 

@@ -10,6 +10,7 @@ It enters a model through transformers' public AttentionInterface. Calls without
 transformers' own sdpa.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -244,12 +245,8 @@ def trunk_options(rows: Rows, in_rows: bool = False) -> dict:
     """
     if rows.sequences is None:  # padded: position ids are the default, from 0 in each row
         return {"use_cache": False}
-    return {
-        "position_ids": rows.position_ids,
-        "attention_mask": no_mask(rows.input_ids.device),
-        "use_cache": False,
-        "packing": Packing(() if in_rows else rows.spans, rows.sequences, rows.home),
-    }
+    packing = Packing(() if in_rows else rows.spans, rows.sequences, rows.home)
+    return _packed_options(rows.position_ids, packing) | {"use_cache": False}
 
 
 def causal_options(model: nn.Module, ids: Tensor) -> dict:
@@ -273,6 +270,27 @@ def no_mask(device: torch.device) -> Tensor:
     One of four dimensions is final to transformers: it builds no (T, T) mask, unused here.
     """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def rows_end_to_end(ids: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return what a model's forward takes for rows of text that lie end to end, each by itself.
+
+    Args:
+        ids: (1, T): the B rows, one after another.
+        lengths: Tokens of each of them (B).
+    """
+    sizes = torch.tensor(lengths, device=ids.device).unsqueeze(-1)
+    steps = torch.arange(max(lengths), device=ids.device)
+    sequences = sizes.cumsum(0) - sizes + torch.minimum(steps, sizes - 1)  # the remainder repeats the last column
+    is_token = steps < sizes
+    packing = Packing(tuple((n, (0,)) for n in lengths), sequences, is_token.flatten().nonzero().squeeze(-1))
+    positions = steps.expand_as(is_token)[is_token].unsqueeze(0)
+    return {"input_ids": ids, **_packed_options(positions, packing)}
+
+
+def _packed_options(position_ids: Tensor | None, packing: Packing) -> dict[str, Any]:
+    """Return the arguments of a forward pass that say how its packed row is laid out."""
+    return {"position_ids": position_ids, "attention_mask": no_mask(packing.home.device), "packing": packing}
 
 
 def can_pack(model: nn.Module, max_length: int) -> bool:

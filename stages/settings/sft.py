@@ -133,10 +133,11 @@ class SFTSettings(Training):
     )
     packing: bool | None = setting(
         None,
-        "lay the rows of a micro-batch end to end in one row without padding (trl's padding_free), where none sees "
-        "another: memory and time follow the tokens, and the loss is the same. Models for which it would not be are "
-        "refused; fast with flash_attention_2, while other kernels compute a mask of the whole row. null: rows of "
-        "similar length are padded",
+        "lay the rows of a micro-batch end to end in one row without padding, where none sees another: time and memory "
+        "follow the tokens, and the loss is the same. null: where a micro-batch of the longest rows would have more "
+        "than 6.3 million logits (24 MB); logits are then computed only for learnt tokens, in chunks. Below that, as "
+        "in the embedded world, there is little to save. true: always; where our attention cannot read such rows, by "
+        "trl's padding_free, and a model in which a row would see another is refused. false: padded rows, all logits",
     )
     router_aux_loss_coef: float | None = setting(
         None,

@@ -33,7 +33,7 @@ from stages.tools.memory_frozen import cache_of, of_commands, of_evaluate, of_ra
 from stages.tools.memory_need import Need, groups, is_sharded, processes, sharers
 from stages.tools.memory_step import Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
-from stages.training.text import SMALL_VOCABULARY
+from stages.training.text_packing import SMALL_VOCABULARY, has_many_logits
 
 
 def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False) -> Iterator[Need]:
@@ -138,13 +138,14 @@ def has_whole_logits(experiment: Any, stage: str, section: Any, config: Any) -> 
         section: Its settings.
         config: transformers' configuration of its model.
     """
-    adapter = adapter_settings(model_of(experiment, stage))
-    return (
-        config.get_text_config().vocab_size <= SMALL_VOCABULARY
-        or adapter.soft_prompt is not None
-        or bool(getattr(section, "label_smoothing", None))
-        or held_together(experiment.launch)
-    )
+    vocabulary = config.get_text_config().vocab_size
+    if held_together(experiment.launch) or getattr(section, "label_smoothing", None):
+        return True
+    balances, packing = (getattr(section, name, None) for name in ("router_aux_loss_coef", "packing"))
+    many = has_many_logits(vocabulary, section.per_device_train_batch_size, section.max_length)
+    if many and not balances and packing is not False:  # the head of labels alone (`choose_pass`)
+        return False
+    return vocabulary <= SMALL_VOCABULARY or adapter_settings(model_of(experiment, stage)).soft_prompt is not None
 
 
 def summed(trains: dict[str, int]) -> int:

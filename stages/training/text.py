@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.streams import Stream, derive_seed, grouped_by_length
 from data.text_rows import dataset_of, lengths_of
@@ -23,16 +23,13 @@ from stages.models.activations import offloading
 from stages.models.adalora import adamw_for
 from stages.models.adapter_folder import method_in
 from stages.models.adapters import is_adapted, trains_token_rows, unwrapped
-from stages.models.context_parallel import sum_over_group
 from stages.models.families import has_routers, routing_restored
 from stages.models.packing import can_pack
 from stages.models.precision import cast_frozen
-from stages.models.sharding import is_sharded, make_on_rank_zero, publishable
-from stages.models.soft_prompts import trains_soft_prompt, unanswered_ids, without_soft_prompt
-from stages.objectives.losses import language_model_loss
+from stages.models.sharding import make_on_rank_zero, publishable
+from stages.models.soft_prompts import trains_soft_prompt, unanswered_ids
 from stages.settings.training import batch_of_each
 from stages.shared.runtime import Runtime, check_cuts_rows
-from stages.training.batching import micro_batches
 from stages.training.checkpoint import check_row_order, check_steps_left, read_weights
 from stages.training.loop import WHOLE_STAGE, Phase
 from stages.training.residual_dropout import check_residual_dropout, residual_dropout
@@ -40,24 +37,23 @@ from stages.training.scaling import new_scaling
 from stages.training.schedule import Schedule
 from stages.training.selection import Selection
 from stages.training.session import PendingEvaluation, Session
-from stages.training.text_hooks import WEIGHTS, EvaluationCutShort, NoStepLeft, TextHooks, perplexity_of, weights_of
-from stages.training.text_packing import check_packing
+from stages.training.text_evaluation import held_out_loss
+from stages.training.text_hooks import WEIGHTS, NoStepLeft, TextHooks, perplexity_of, weights_of
+from stages.training.text_packing import SMALL_VOCABULARY, TextPass, Wanted, check_packing, choose_pass, has_many_logits
 from stages.training.text_trainers import (
     loading_shares,
     no_routers,
-    own_part_loss,
     saving_on_rank_zero,
     saving_shares,
     with_current_settings,
     with_groups,
+    with_label_head,
+    with_packed_rows,
     with_plain_loss,
     with_sharding,
     with_stand_ins,
     with_trained_weights,
 )
-
-SMALL_VOCABULARY = 8192
-"""Token ids up to which whole logits are faster than trl's tiles (`with_plain_loss`)."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,9 @@ class Optimization:
     """Size of the noise on embeddings (NEFTune); None: no noise."""
     label_smoothing: float | None = None
     """Share of a label's probability that is spread over all token ids; None: none."""
-    packing: bool = False
-    """Whether the rows of a micro-batch lie end to end in one row, without padding."""
+    packing: bool | None = None
+    """Whether the rows of a micro-batch lie end to end in one row, without padding; None: where it
+    pays."""
 
     @property
     def draws(self) -> bool:
@@ -164,23 +161,27 @@ def train_language_model(
         shutil.rmtree(scratch, ignore_errors=True)
     steps, order = schedule.total, task.order(schedule.total, derive_seed(session.seed, session.stage))
     arguments = trainer_arguments(session, runtime, task, optimization, steps, scratch)
-    longest = max([*lengths_of(task.train_rows), *lengths_of(task.held_out_rows)])
+    wanted = wanted_of(task, optimization, arguments.per_device_train_batch_size, len(tokenizer))
 
     def made() -> nn.Module:
         model = make()
         if parallel.arrangement().context > 1:
-            can_pack(model, longest)
+            can_pack(model, wanted.longest)
+        choose_pass(model, wanted)  # tries the model, which other ranks then have the outcome of
         return model
 
     model = make_on_rank_zero(made) if runtime.sharded else made()
     if parallel.arrangement().context > 1:
         check_cuts_rows(model)
+    how = choose_pass(model, wanted)
+    if how.why is not None:
+        session.say(f"rows are not packed: {how.why}")
     rows = dataset_of(task.train_rows, order)
-    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization, session.collective)
+    trainer = make_trainer(model, arguments, tokenizer, rows, runtime, optimization, how, session.collective)
     scaling = new_scaling(trainer.accelerator)
     with trainer.accelerator.autocast():
-        check_model(trainer.model, optimization)
-    hooks = make_hooks(session, trainer, task, order, schedule, selection, phase)
+        check_model(trainer.model, optimization, how)
+    hooks = make_hooks(session, trainer, task, order, schedule, selection, phase, how)
     hooks.draws, hooks.scaling = optimization.draws, scaling
     trainer.add_callback(hooks.callback())
     checkpoint = newest_checkpoint(session, phase, steps)
@@ -230,12 +231,36 @@ def train_language_model(
     return model, figures | scaling.skips()
 
 
-def check_model(model: nn.Module, optimization: Optimization) -> None:
+def wanted_of(task: TextTask, optimization: Optimization, rows: int, vocabulary: int) -> Wanted:
+    """Return what decides how micro-batches are computed, besides the model.
+
+    Args:
+        task: Rows and batches.
+        optimization: The settings.
+        rows: Rows of a micro-batch of this process.
+        vocabulary: Token ids.
+    """
+    lengths = lengths_of(task.train_rows)
+    longest = max([*lengths, *lengths_of(task.held_out_rows)])
+    return Wanted(
+        packing=optimization.packing,
+        # of one process's micro-batch, so that the number of processes does not decide
+        has_many_logits=has_many_logits(vocabulary, task.rows_per_device, longest),
+        is_ragged=rows > 1 and min(lengths) < max(lengths),
+        longest=longest,
+        adds_noise=optimization.neftune_noise_alpha is not None,
+        smooths_labels=optimization.label_smoothing is not None,
+        balances_experts=bool(optimization.router_aux_loss_coef),
+    )
+
+
+def check_model(model: nn.Module, optimization: Optimization, how: TextPass) -> None:
     """Check that a model can be trained as the settings ask; ranks without weights check nothing.
 
     Args:
         model: The model, with its adapter.
         optimization: The settings.
+        how: How the model computes rows.
 
     Raises:
         UserError: It cannot.
@@ -244,7 +269,7 @@ def check_model(model: nn.Module, optimization: Optimization) -> None:
         return
     if optimization.dropout is not None:
         check_residual_dropout(model)
-    if optimization.packing:
+    if how.rows == "padding_free":
         check_packing(model)
 
 
@@ -298,7 +323,6 @@ def trainer_arguments(
         seed=session.seed % 2**31,
         max_length=None,  # rows are cut before
         packing=False,
-        padding_free=optimization.packing,
         neftune_noise_alpha=optimization.neftune_noise_alpha,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are token ids already
         ddp_find_unused_parameters=False,
@@ -317,6 +341,7 @@ def make_trainer(
     rows: Any,
     runtime: Runtime,
     optimization: Optimization,
+    how: TextPass,
     saves_shares: bool = False,
 ) -> Any:
     """Return a trl SFTTrainer with our changes.
@@ -328,6 +353,7 @@ def make_trainer(
         rows: The data set of the rows of all batches, in order.
         runtime: How the stage computes: what is sharded, and what is offloaded.
         optimization: Settings of the optimizer.
+        how: How the model computes rows.
         saves_shares: Whether all processes save, each its share.
     """
     from transformers import PrinterCallback, ProgressCallback
@@ -354,8 +380,13 @@ def make_trainer(
             "so labels cannot be smoothed over the vocabulary; leave it out, or use a model without such tokens"
         )
     is_grouped = parallel.arrangement().together > 1  # trl's tiles read the head's weight, which may be cut
-    if len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing or is_grouped:
+    if how.labels_only:
+        trainer_class = with_label_head(trainer_class)
+    elif len(tokenizer) <= SMALL_VOCABULARY or trains_token_rows(model) or are_left_out or smoothing or is_grouped:
         trainer_class = with_plain_loss(trainer_class, smoothing)
+    if how.rows == "packed":
+        trainer_class = with_packed_rows(trainer_class)
+    arguments.padding_free = how.rows != "padded"
     # trl writes routing settings into the model's config: they must not get into the artifact
     with routing_restored(model.config):
         trainer = trainer_class(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows)
@@ -384,6 +415,7 @@ def make_hooks(
     schedule: Schedule,
     selection: Selection,
     phase: Phase,
+    how: TextPass,
 ) -> TextHooks:
     """Return what happens between the steps of a training.
 
@@ -395,12 +427,13 @@ def make_hooks(
         schedule: The learning rate.
         selection: How evaluations choose the published weights and end the training.
         phase: The place of this training in its stage.
+        how: How the model computes rows.
     """
     pad_id, size, lengths = trainer.processing_class.pad_token_id, task.batch_size, lengths_of(task.train_rows)
 
     def evaluate(model: nn.Module, leave: Callable[[], bool]) -> float:
         rows = task.held_out_rows
-        return held_out_loss(model, rows, pad_id, task.rows_per_device, trainer.accelerator, leave)
+        return held_out_loss(model, rows, pad_id, task.rows_per_device, trainer.accelerator, leave, how)
 
     def step_tokens(step: int) -> int:
         return sum(lengths[i] for i in order[(step - 1) * size : step * size])
@@ -435,87 +468,3 @@ def newest_checkpoint(session: Session, phase: Phase, steps: int) -> Checkpoint 
         return None  # none, or one of an earlier training of the stage
     check_steps_left(session.stage, checkpoint.step - phase.first, steps)
     return checkpoint
-
-
-def part_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the cross-entropies of some rows, which several processes compute together.
-
-    Args:
-        model: The model, which reads packed rows.
-        ids: (B, T), padded on the right.
-        labels: (B, T − 1): the label of each position but the last; −100 where there is no loss.
-    """
-    return sum_over_group(own_part_loss(model, ids, labels, 1.0))
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module, rows: Sequence[dict], pad_id: int, batch_size: int, accelerator: Any, leave: Callable[[], bool]
-) -> float:
-    """Return the mean cross-entropy of a label, in nats, over all rows and ranks.
-
-    The result does not depend on the batch size.
-
-    Args:
-        model: The model.
-        rows: {input_ids, labels} of each row.
-        pad_id: Id of the padding.
-        batch_size: Rows of a forward pass.
-        accelerator: accelerate's Accelerator, for autocast and the device.
-        leave: Whether to leave, called between two forward passes; not for a sharded model, whose
-            forward passes take all ranks.
-
-    Raises:
-        EvaluationCutShort: On all ranks, if `leave` returned True on any.
-    """
-    was_training, total, tokens, left = model.training, 0.0, 0, False
-    sharded = is_sharded(model)
-    collective = sharded or parallel.arrangement().context > 1  # a forward pass takes several ranks
-    model.eval()
-    # Rows of similar length together need little padding.
-    lengths = lengths_of(rows)
-    parts = list(micro_batches(sorted(range(len(rows)), key=lengths.__getitem__), batch_size))
-    own = parallel.rows_of_this_rank(parts, [sum(lengths[i] for i in part) for part in parts])
-    # A sharded forward pass takes all ranks: one that has run out repeats a micro-batch, uncounted.
-    for part, is_own in parallel.padded_micro_batches(own, parts[0] if sharded else None):
-        if not collective and (left := leave()):
-            break  # no exception yet: the other ranks wait in the all-reduce below
-        batch = padded_batch([rows[i] for i in part], pad_id, accelerator.device)
-        labels = batch.pop("labels")[:, 1:]
-        with accelerator.autocast():
-            if parallel.arrangement().context > 1:
-                loss = part_loss(model, batch["input_ids"], labels)
-            else:
-                logits = without_soft_prompt(model, model(**batch, use_cache=False).logits[:, :-1])
-                # Divided by 1, it is a sum: the mean below then weighs every label alike.
-                loss = language_model_loss(logits, labels, 1.0)
-        if is_own:
-            total += loss.item()
-            tokens += int((labels != -100).sum())
-    model.train(was_training)
-    sums = parallel.all_reduce_figures({"loss": total, "tokens": tokens, "left": left})
-    if sums["left"]:
-        raise EvaluationCutShort
-    return sums["loss"] / max(1, sums["tokens"])
-
-
-def padded_batch(rows: list[dict], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest of them.
-
-    Args:
-        rows: {input_ids, labels} of each of B rows.
-        pad_id: Id of the padding.
-        device: Device of the result.
-
-    Returns:
-        input_ids, attention_mask and labels, each (B, T); labels are −100 in the padding.
-    """
-    width = max(len(row["input_ids"]) for row in rows)
-    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row in rows:
-        length = len(row["input_ids"])
-        padding = width - length
-        batch["input_ids"].append(row["input_ids"] + [pad_id] * padding)
-        batch["attention_mask"].append([True] * length + [False] * padding)
-        batch["labels"].append(row["labels"] + [-100] * padding)
-    return {name: torch.tensor(values, device=device) for name, values in batch.items()}

@@ -19,7 +19,9 @@ from pipeline.store.checkpoints import Checkpoint
 from pipeline.store.optimizer_state import load_optimizer
 from stages.models.adapters import unwrapped
 from stages.models.context_parallel import own_part
+from stages.models.label_head import add_label_head
 from stages.models.layout import Layout
+from stages.models.packing import rows_end_to_end
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
@@ -69,6 +71,45 @@ def with_plain_loss(trainer_class: type, label_smoothing: float = 0.0) -> type:
             return loss
 
     return PlainLossTrainer
+
+
+def with_label_head(trainer_class: type) -> type:
+    """Compute the head at positions with a label only, in chunks; the result is the same as trl's.
+
+    The model is one whose logits are the unembedding times the hidden states (`choose_pass`), and
+    its loss the cross-entropy alone.
+    """
+
+    class LabelHeadTrainer(trainer_class):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            add_label_head(self.model)
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Tensor:
+            logprobs = model(**{**inputs, "use_cache": False}, label_logprobs=True)
+            if num_items_in_batch is None:
+                return -logprobs.sum() / max(1, len(logprobs))
+            # it counts the labels of all processes, and their gradients are averaged afterwards
+            return -logprobs.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    return LabelHeadTrainer
+
+
+def with_packed_rows(trainer_class: type) -> type:
+    """Compute attention within each row, where trl's collator has laid rows end to end.
+
+    transformers would mask a square of all tokens of the micro-batch.
+    """
+
+    class PackedRowsTrainer(trainer_class):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+            lengths = inputs["cu_seq_lens_q"].diff().tolist()
+            packed = rows_end_to_end(inputs["input_ids"], lengths) | {"labels": inputs["labels"]}
+            return super().compute_loss(model, packed, *args, **options)
+
+    return PackedRowsTrainer
 
 
 def own_part_loss(model: nn.Module, ids: Tensor, labels: Tensor, count: Any, label_smoothing: float = 0.0) -> Tensor:

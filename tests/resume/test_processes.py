@@ -54,6 +54,20 @@ def test_two_processes_give_the_results_of_one(stage, oracle, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage, strategy", [("sft", "ddp"), ("sft", "fsdp2"), ("base", "ddp")])
+def test_packed_rows_and_the_head_of_labels_give_the_results_of_padded_ones(stage, strategy, oracle, tmp_path):
+    """So large a micro-batch has many logits: rows are packed (those of base have one length)."""
+    roots = [copy_without(oracle, tmp_path / name, stage) for name in ("together", "alone")]
+    large = (f"{stage}.per_device_train_batch_size=400", f"{stage}.gradient_accumulation_steps=1")
+    runs = [("run", stage, "-c", str(CONFIG), "--artifacts", str(root), "--only", *large) for root in roots]
+    assert rlhf_together(*runs[0], f"launch.strategy={strategy}") == [0, 0]
+    assert rlhf(*runs[1], *(["sft.packing=false"] if stage == "sft" else [])) == 0
+    folder, alone = (root / "micro" / stage for root in roots)
+    assert_same_figures(rows_of(folder), rows_of(alone))
+    assert_same_figures(rows_of(folder, "evaluations.jsonl"), rows_of(alone, "evaluations.jsonl"))
+
+
+@pytest.mark.slow
 def test_the_kl_of_kto_is_that_of_the_whole_batch(oracle, tmp_path):
     """Two processes and smaller micro-batches estimate what one process does."""
     roots = [copy_without(oracle, tmp_path / name, "dpo") for name in ("together", "alone")]

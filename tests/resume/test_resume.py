@@ -95,7 +95,7 @@ def test_with_a_base_of_the_reward_models_own_it_resumes_to_the_same_bytes(stage
 @pytest.mark.slow
 def test_dropout_and_noise_resume_to_the_same_bytes(oracle, tmp_path):
     """Each step draws by its number, also in the training of ppo_init."""
-    drawn = ["sft.dropout=0.2", "sft.neftune_noise_alpha=5.0", "sft.label_smoothing=0.1", "sft.packing=true"]
+    drawn = ["sft.dropout=0.2", "sft.neftune_noise_alpha=5.0", "sft.label_smoothing=0.1"]
     outcomes = []
     for die in (None, ("sft", 5), ("sft", 11)):
         root = copy_without(oracle, tmp_path / str(die), "sft")
@@ -105,6 +105,23 @@ def test_dropout_and_noise_resume_to_the_same_bytes(oracle, tmp_path):
         assert rlhf(*run) == 0
         outcomes.append(published(root / "micro" / "sft"))
     assert outcomes[0] == outcomes[1] == outcomes[2] != published(oracle / "micro" / "sft")
+
+
+@pytest.mark.parametrize("packing", ["true", pytest.param("null", marks=pytest.mark.slow)])
+def test_packed_rows_resume_to_the_same_bytes(packing, oracle, tmp_path):
+    """Here `null` packs too: so large a micro-batch has many logits."""
+    drawn = ["sft.dropout=0.2", "sft.ppo_init=null"]
+    if packing == "null":
+        drawn += ["sft.per_device_train_batch_size=256", "sft.gradient_accumulation_steps=1"]
+    outcomes = []
+    for setting, die in ((packing, None), (packing, ("sft", 5)), ("false", None)):
+        root = copy_without(oracle, tmp_path / f"{setting}-{die}", "sft")
+        run = ("run", "sft", "-c", str(CONFIG), "--artifacts", str(root), "--only", *drawn, f"sft.packing={setting}")
+        if die is not None:
+            assert rlhf(*run, die=die) == -9
+        assert rlhf(*run) == 0
+        outcomes.append(published(root / "micro" / "sft"))
+    assert outcomes[0] == outcomes[1] != outcomes[2]
 
 
 @pytest.mark.parametrize("stage", ["sft", *map(slow, ("base", "rm", "dpo"))])

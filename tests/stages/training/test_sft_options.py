@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from pipeline.errors import UserError
+from stages.models.head import head_logprobs
 from stages.objectives.losses import language_model_loss
 from stages.training.residual_dropout import check_residual_dropout, residual_dropout
 from stages.training.text_packing import check_packing
@@ -134,6 +135,26 @@ def test_packed_rows_train_as_padded_ones(chain, plain, tmp_path):
     assert losses(done) == pytest.approx(losses(plain), rel=1e-4)
     rows = [one.rows("metrics.jsonl") for one in (done, plain)]
     assert [row["grad_norm"] for row in rows[0]] == pytest.approx([row["grad_norm"] for row in rows[1]], rel=1e-3)
+
+
+def test_many_logits_are_computed_for_labels_only(chain, plain, tmp_path, monkeypatch):
+    """With no setting: the journal, and what is measured of held-out rows, stay the same."""
+    calls = []
+    monkeypatch.setattr("stages.training.text_packing.MANY_LOGITS", 0)
+    monkeypatch.setattr(
+        "stages.models.label_head.head_logprobs",
+        lambda *args, **options: calls.append(1) or head_logprobs(*args, **options),
+    )
+    done = chain.run("sft", tmp_path / "sft", *STEPS)
+    assert calls
+    for name in ("loss", "grad_norm"):
+        expected = [row[name] for row in plain.rows("metrics.jsonl")]
+        assert [row[name] for row in done.rows("metrics.jsonl")] == pytest.approx(expected, rel=1e-3)
+    held_out = [[row["loss"] for row in one.rows("evaluations.jsonl")] for one in (done, plain)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    calls.clear()
+    chain.run("sft", tmp_path / "off", *STEPS, "sft.packing=false")
+    assert not calls
 
 
 def test_null_leaves_the_fingerprint_alone(chain):
