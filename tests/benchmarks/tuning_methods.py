@@ -429,9 +429,10 @@ def figures_of(config: str, overrides: list[str], stage: str, folder: Path) -> d
     from stages.models.soft_prompts import soft_prompt_of
     from stages.settings.experiment import Experiment
     from stages.settings.peft import model_of
-    from stages.shared.runtime import adapter_settings
+    from stages.shared.runtime import adapter_settings, dtype_of
 
-    settings = adapter_settings(model_of(load_experiment(config, overrides, Experiment), stage))
+    experiment = load_experiment(config, overrides, Experiment)
+    settings = adapter_settings(model_of(experiment, stage))
     model = load_policy(folder)
     parameters = sum(p.numel() for p in model.parameters())
     model = with_adapter(model, settings)
@@ -439,11 +440,11 @@ def figures_of(config: str, overrides: list[str], stage: str, folder: Path) -> d
     return {
         "trained": sum(p.numel() for p in weights),
         "parameters": parameters,
-        "cpu_seconds_a_step": step_seconds(model, weights, soft_prompt_of(folder)),
+        "cpu_seconds_a_step": step_seconds(model, weights, soft_prompt_of(folder), dtype_of(experiment)),
     }
 
 
-def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int]) -> float:
+def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int], dtype: str) -> float:
     """Return the processor time of a step on 4 rows of 64 tokens, the median of three after one.
 
     Unlike the time that passes, it depends little on what else the machine does.
@@ -452,15 +453,19 @@ def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int]) -> 
         model: The model with its adapter.
         weights: What trains.
         soft_prompt: Ids that every row begins with, beside the 64.
+        dtype: Of the products, as in training. A processor without instructions for bfloat16
+            emulates them, fifteen times as slowly as float32.
     """
     import torch
+
+    from stages.models.precision import casting
 
     ids = torch.randint(0, model.config.vocab_size // 2, (4, 64), generator=torch.Generator().manual_seed(0))
     ids = torch.cat([torch.tensor(soft_prompt, dtype=torch.long).expand(4, -1), ids], dim=1)
     optimizer, times = torch.optim.AdamW(weights, lr=1e-6), []
     for _ in range(4):
         start = process_time()
-        with torch.autocast("cpu", torch.bfloat16):
+        with casting("cpu", dtype):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
