@@ -454,7 +454,7 @@ def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int], dty
         weights: What trains.
         soft_prompt: Ids that every row begins with, beside the 64.
         dtype: Of the products, as in training. A processor without instructions for bfloat16
-            emulates them, fifteen times as slowly as float32.
+            emulates them, about ten times as slowly as float32.
     """
     import torch
 
