@@ -15,6 +15,9 @@ methods take the one that serves its first method best, by the held-out loss of 
 steps on another seed (--choice-seed). A rate at the edge of its family is marked in the table.
 --middle takes the second of the three unseen, which saves these runs.
 
+--times measures a step's processor time again, in every line of these methods, stages and seeds:
+this takes half a minute a method, so that a quiet machine can give all of them under one load.
+
 Prints one JSON object for each run, then a Markdown table for each stage with means over seeds and
 95 % intervals (Student's t over seeds). Lines are kept in results/tuning_methods.jsonl; a run whose
 line is there is not repeated, so the command resumes after an interruption and prints the table of
@@ -48,8 +51,9 @@ from sweeps.runner import make_parser, parse_arguments, run_command
 from sweeps.text import markdown, with_interval
 
 from pipeline.errors import Interrupted, UserError
+from pipeline.record import git_state
 from pipeline.stage import StopFlag
-from pipeline.store.artifacts import ArtifactStore
+from pipeline.store.artifacts import ArtifactStore, now
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -131,6 +135,9 @@ def run(argv: list[str], stop: StopFlag) -> None:
     """Run what has no line yet, and print the tables."""
     args = parse(argv)
     load_libraries()
+    if args.times:
+        time_again(args, stop)
+        return
     for stage in args.stages:
         methods = [method for method in args.methods if (stage, method) not in NOT_COMPARED]
         for seed in args.seeds:
@@ -164,6 +171,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--steps", type=int, default=48, help="optimizer steps of each run")
     parser.add_argument("--rate", type=float, help="a learning rate for all, in place of choosing one")
     parser.add_argument("--middle", action="store_true", help="take the middle rate of each family, choosing none")
+    parser.add_argument("--times", action="store_true", help="measure the step times of existing lines again")
     args = parse_arguments(parser, argv)
     args.config, args.artifacts = str(Path(args.config).resolve()), str(Path(args.artifacts).resolve())
     if not Path(args.config).is_file():
@@ -250,14 +258,10 @@ def line_of(args: Namespace, stop: StopFlag, trial: Trial) -> dict:
     for row in known_rows(args):
         if row["key"] == wanted and "refused" not in row:
             return row
-    stage, peft, soft = trial.stage, METHODS[trial.method][1], trial.method in SOFT_PROMPTS
+    stage = trial.stage
     common, needed = started_from(args, stop, trial)
     name = f"{args.name}-{trial.kind}-{trial.method.replace(', ', '-')}-{stage}"
-    options = [
-        f"seed={trial.seed}",
-        f"{'model' if soft else stage}.peft={peft}",
-        f"{stage}.learning_rate={trial.rate:g}",
-    ]
+    options = settings_of(trial)
     options += [f"{stage}.max_steps={trial.steps}", f"{stage}.eval_steps={trial.steps}", f"{stage}.keep=last"]
     options += ["checkpoints.every=0", f"from={{experiment: {common}, stages: [{', '.join(needed)}]}}"]
     shutil.rmtree(Path(args.artifacts) / name, ignore_errors=True)  # of an interrupted run
@@ -275,13 +279,53 @@ def line_of(args: Namespace, stop: StopFlag, trial: Trial) -> dict:
     if refusal:
         line |= {"refused": refusal}
     else:
-        source = ArtifactStore(args.artifacts, common).folder("base" if stage == "sft" else "sft") / "model"
         line |= measured(ArtifactStore(args.artifacts, name), stage)
-        line |= counted(args, trial, source, [f"name={name}", *options])
+        line |= counted(args, trial, start_of(args, trial, common), [f"name={name}", *options])
     save_rows(args.results / RESULTS, [line], _key)
     print(json.dumps(line), flush=True)
     shutil.rmtree(Path(args.artifacts) / name, ignore_errors=True)
     return line
+
+
+def settings_of(trial: Trial) -> list[str]:
+    """Return the settings of a run's method, seed and rate."""
+    section = "model" if trial.method in SOFT_PROMPTS else trial.stage
+    return [
+        f"seed={trial.seed}",
+        f"{section}.peft={METHODS[trial.method][1]}",
+        f"{trial.stage}.learning_rate={trial.rate:g}",
+    ]
+
+
+def start_of(args: Namespace, trial: Trial, common: str) -> Path:
+    """Return the folder of the model that a run starts from, in the experiment that has it."""
+    return ArtifactStore(args.artifacts, common).folder("base" if trial.stage == "sft" else "sft") / "model"
+
+
+def time_again(args: Namespace, stop: StopFlag) -> None:
+    """Measure the step times of existing lines again, one method after the other.
+
+    Args:
+        args: The command line: which methods, stages and seeds.
+        stop: Set by a signal.
+    """
+    timed: dict[tuple[str, str], dict] = {}
+    git = git_state() or {"commit": "unknown", "dirty": False}
+    commit = git["commit"][:7] + (" + changes" if git["dirty"] else "")
+    for row in known_rows(args):
+        method, stage = row["method"], row["stage"]
+        if method not in args.methods or stage not in args.stages or row["seed"] not in args.seeds:
+            continue
+        if "refused" in row or not is_of(args, row):
+            continue
+        if (method, stage) not in timed:
+            trial = Trial(method, stage, row["seed"], row["steps"], row["rate"], row["kind"])
+            folder = start_of(args, trial, started_from(args, stop, trial)[0])
+            options = [*args.overrides, f"name={args.name}-times", *settings_of(trial)]
+            timed[method, stage] = in_own_process(figures_of, args.config, options, stage, folder)
+            timed[method, stage] |= {"timed": {"commit": commit, "date": now()[:10]}}
+            print(json.dumps({"method": method, "stage": stage, **timed[method, stage]}), flush=True)
+        save_rows(args.results / RESULTS, [row | timed[method, stage]], _key)
 
 
 def started_from(args: Namespace, stop: StopFlag, trial: Trial) -> tuple[str, list[str]]:
@@ -407,10 +451,10 @@ def counted(args: Namespace, trial: Trial, folder: Path, options: list[str]) -> 
         folder: Of the model that the stage started from.
         options: Settings of the run.
     """
-    names = ("trained", "parameters", "cpu_seconds_a_step")
+    names = ("trained", "parameters", "dtype", "cpu_seconds_a_step")
     for row in known_rows(args):
         if (row["method"], row["stage"]) == (trial.method, trial.stage) and is_of(args, row) and names[-1] in row:
-            return {name: row[name] for name in names}
+            return {name: row[name] for name in names if name in row}
     return in_own_process(figures_of, args.config, [*args.overrides, *options], trial.stage, folder)
 
 
@@ -429,21 +473,24 @@ def figures_of(config: str, overrides: list[str], stage: str, folder: Path) -> d
     from stages.models.soft_prompts import soft_prompt_of
     from stages.settings.experiment import Experiment
     from stages.settings.peft import model_of
-    from stages.shared.runtime import adapter_settings
+    from stages.shared.runtime import adapter_settings, dtype_of
 
-    settings = adapter_settings(model_of(load_experiment(config, overrides, Experiment), stage))
+    experiment = load_experiment(config, overrides, Experiment)
+    settings = adapter_settings(model_of(experiment, stage))
     model = load_policy(folder)
     parameters = sum(p.numel() for p in model.parameters())
     model = with_adapter(model, settings)
     weights = list(trainable_parameters(model).values())
+    dtype = dtype_of(experiment)
     return {
         "trained": sum(p.numel() for p in weights),
         "parameters": parameters,
-        "cpu_seconds_a_step": step_seconds(model, weights, soft_prompt_of(folder)),
+        "dtype": dtype,
+        "cpu_seconds_a_step": step_seconds(model, weights, soft_prompt_of(folder), dtype),
     }
 
 
-def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int]) -> float:
+def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int], dtype: str) -> float:
     """Return the processor time of a step on 4 rows of 64 tokens, the median of three after one.
 
     Unlike the time that passes, it depends little on what else the machine does.
@@ -452,15 +499,19 @@ def step_seconds(model: Any, weights: list[Any], soft_prompt: Sequence[int]) -> 
         model: The model with its adapter.
         weights: What trains.
         soft_prompt: Ids that every row begins with, beside the 64.
+        dtype: Of the products, as in training. A processor without instructions for bfloat16
+            emulates them, about ten times as slowly as float32.
     """
     import torch
+
+    from stages.models.precision import casting
 
     ids = torch.randint(0, model.config.vocab_size // 2, (4, 64), generator=torch.Generator().manual_seed(0))
     ids = torch.cat([torch.tensor(soft_prompt, dtype=torch.long).expand(4, -1), ids], dim=1)
     optimizer, times = torch.optim.AdamW(weights, lr=1e-6), []
     for _ in range(4):
         start = process_time()
-        with torch.autocast("cpu", torch.bfloat16):
+        with casting("cpu", dtype):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
