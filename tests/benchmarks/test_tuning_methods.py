@@ -127,18 +127,22 @@ def test_a_tiny_run_is_kept_and_not_repeated(tmp_path):
     assert not list((tmp_path / "a").glob("*report*"))
 
 
-def test_the_table_of_the_stages_has_the_figures_of_the_lines():
-    """Compare each measured row of stages/README.md with its line in results/."""
+@pytest.mark.parametrize(("stage", "digits"), [("sft", 3), ("dpo", 4)])
+def test_the_tables_of_the_stages_have_the_figures_of_the_lines(stage, digits):
+    """Compare each row of stages/README.md with its line in results/."""
     section = (ROOT / "stages" / "README.md").read_text(encoding="utf-8").partition("### The methods compared")[2]
-    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    text = section.partition("\n## ")[0].partition(f"\nIn {stage}: ")[2].partition("\nIn ")[0]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     shown = {cells[0].strip("`"): cells[1:] for cells in shown[2:]}
     file = Path(bench.__file__).parent / "results" / bench.RESULTS
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    made = {line["method"]: line for line in lines if "refused" not in line and line["kind"] == "report"}
-    measured = {name: cells for name, cells in shown.items() if cells[-1] != "–"}
-    assert measured.keys() == made.keys()
-    for name, (trained, share, memory, rate, loss) in measured.items():
+    reported = [row for row in lines if row["stage"] == stage and row["kind"] == "report" and "refused" not in row]
+    made = {row["method"]: row for row in reported}
+    assert shown and shown.keys() == made.keys() and len(made) == len(reported)
+    for name, (trained, share, memory, seconds, rate, loss) in shown.items():
         line = made[name]
         assert trained == f"{line['trained']:,}" and share == f"{100 * line['trained'] / line['parameters']:.3g} %"
         assert (memory, rate) == (f"{line['peak_gb']:.2f}", f"{line['rate']:g}")
-        assert loss == f"{line['before']['loss']:.3f} → {line['held_out']['loss']:.3f}"
+        assert seconds == f"{line['cpu_seconds_a_step']:.1f}"
+        assert loss == f"{line['before']['loss']:.{digits}f} → {line['held_out']['loss']:.{digits}f}"
+        assert (line.get("timed") or line)["commit"][:7] in text

@@ -322,8 +322,9 @@ def time_again(args: Namespace, stop: StopFlag) -> None:
             trial = Trial(method, stage, row["seed"], row["steps"], row["rate"], row["kind"])
             folder = start_of(args, trial, started_from(args, stop, trial)[0])
             options = [*args.overrides, f"name={args.name}-times", *settings_of(trial)]
-            timed[method, stage] = in_own_process(figures_of, args.config, options, stage, folder)
-            timed[method, stage] |= {"timed": {"commit": commit, "date": now()[:10]}}
+            found = in_own_process(figures_of, args.config, options, stage, folder)
+            found["timed"] = {"commit": commit, "date": now()[:10], "dtype": found.pop("dtype")}
+            timed[method, stage] = found
             print(json.dumps({"method": method, "stage": stage, **timed[method, stage]}), flush=True)
         save_rows(args.results / RESULTS, [row | timed[method, stage]], _key)
 
