@@ -40,6 +40,8 @@ class Letters:
         return [1] * sum(3 + len(m["content"]) for m in messages)
 
     def __call__(self, text, **_):
+        if isinstance(text, list):
+            return {"input_ids": [[1] * len(one) for one in text]}
         return {"input_ids": [1] * len(text)}
 
     def decode(self, ids):
