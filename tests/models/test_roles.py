@@ -41,7 +41,11 @@ def context(tmp_path, causal, scalar, tokenizer):
 
     def build(peft=None, gradient_checkpointing=False):
         model = SimpleNamespace(
-            dtype="float32", attn_implementation="sdpa", peft=peft, gradient_checkpointing=gradient_checkpointing
+            dtype="float32",
+            attn_implementation="sdpa",
+            peft=peft,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=False,
         )
         config = ppo_settings.PPOSettings(max_length=64, response_length=16, ptx_length=32)
         return SimpleNamespace(
