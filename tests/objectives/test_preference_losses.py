@@ -13,6 +13,7 @@ from stages.objectives.losses import chosen_loss, dpo_loss, kto_loss, plackett_l
 from stages.objectives.pair_losses import PAIR_LOSSES
 from stages.settings.dpo import LossType
 from stages.settings.training import TIE_LOSSES
+from stages.training.readings import read_sums
 
 # Mixed K (2, 4, 9, 5), a tie, an unjudged response, a prompt without any usable pair.
 RANKS = [(1, 2), (2, 1, 2, 4), tuple(range(9, 0, -1)), (1, None, 3, 2, None), (1, 1, 1)]
@@ -361,7 +362,8 @@ class TestFigures:
     logps = torch.tensor([-1.0, -3.0, -2.0, -1.0, -9.0, -4.0, -1.5, -1.0, -2.5])
 
     def figures(self, ranks, logps, share):
-        return pair_figures(torch.tensor(0.7), logps, torch.full_like(logps, -2.0), batch_of(ranks), 0.5, share)
+        figures = pair_figures(torch.tensor(0.7), logps, torch.full_like(logps, -2.0), batch_of(ranks), 0.5, share)
+        return read_sums([figures])[0]
 
     def test_by_hand_for_one_prompt(self):
         """K = 2: rewards are β (log π − log π_ref), the winner's higher."""

@@ -97,6 +97,7 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
     from transformers import AutoModelForCausalLM
 
     from stages.dpo import loss_of, pair_figures
+    from stages.training.readings import read_sums
 
     policy, reference = llama(AutoModelForCausalLM, 0), llama(AutoModelForCausalLM, 1)
     theirs = copy.deepcopy(policy)
@@ -106,7 +107,7 @@ def test_dpo_is_trls(tmp_path, tokenizer, llama, groups, loss_type, smoothing):
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(policy, theirs)
-    figures = pair_figures(loss, logps.detach(), ref_logps, batch, 0.3, 1.0)
+    figures, _ = read_sums([pair_figures(loss, logps.detach(), ref_logps, batch, 0.3, 1.0)])
     told = {k: v[-1] for mode in trainer._metrics.values() for k, v in mode.items()}
     for name in (
         "rewards/chosen",

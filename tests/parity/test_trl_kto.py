@@ -19,6 +19,7 @@ from stages.objectives.logprobs import sequence_logps
 from stages.settings.dpo import DPOSettings
 from stages.training.batching import GroupBatches
 from stages.training.kto import KTO, count_marks
+from stages.training.readings import read_sums
 from stages.training.reference import Reference
 
 pytestmark = [
@@ -74,7 +75,7 @@ def ours(policy, reference, groups, tokenizer, size, **options):
     kto = KTO(config, policy, pad, runtime, cut)
     batch = range(len(groups))
     kto.estimator(frozen, "train", groups, [batch])(batch)
-    whole, figures, loss = count_marks(groups), {}, 0.0
+    whole, parts, loss = count_marks(groups), [], 0.0
     for rows in cut(groups).to_train(list(batch)):
         members = [groups[i] for i in rows]
         laid = batch_groups(members, pad)
@@ -82,8 +83,8 @@ def ours(policy, reference, groups, tokenizer, size, **options):
         value, sums = kto.share(members, logps, torch.cat([ref_logps[i] for i in rows]), whole)
         value.backward()
         loss += value.item()
-        figures = {key: figures.get(key, 0.0) + sums.get(key, 0.0) for key in {**figures, **sums}}
-    return loss, figures, kto.kl
+        parts.append(sums)
+    return loss, read_sums(parts)[0], kto.kl
 
 
 @pytest.fixture
