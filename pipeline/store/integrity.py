@@ -58,7 +58,7 @@ def read_in_threads(read: Callable[[Path], T], sizes: Mapping[Path, int]) -> dic
     Returns:
         What `read` returned of each file, in the order of `sizes`.
     """
-    threads = min(MOST_THREADS, len(sizes), usable_cores())
+    threads = min(MOST_THREADS, len(sizes), os.cpu_count() or 1)
     if threads < 2 or sum(sizes.values()) < WORTH_THREADS:
         return {path: read(path) for path in sizes}
     with ThreadPoolExecutor(threads) as pool:
@@ -68,13 +68,6 @@ def read_in_threads(read: Callable[[Path], T], sizes: Mapping[Path, int]) -> dic
         except BaseException:
             pool.shutdown(cancel_futures=True)  # one file cannot be read: those that wait need not be
             raise
-
-
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
