@@ -96,7 +96,7 @@ def test_rows_are_counted_in_the_reading_that_hashes(tmp_path, monkeypatch, cont
 
 def test_threads_read_the_largest_first_and_answer_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "WORTH_THREADS", 0)
-    monkeypatch.setattr(integrity, "usable_cores", lambda: 2)
+    monkeypatch.setattr(integrity.os, "cpu_count", lambda: 2)
     names, started = ["a", "bbb", "cc"], []
     for name in names:
         (tmp_path / name).write_text(name)
