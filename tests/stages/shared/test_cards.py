@@ -137,7 +137,12 @@ def test_a_section_of_defaults_that_is_null_by_default_is_listed_as_one(tmp_path
         "sft", sft_settings.SFTSettings(ppo_init={}), ModelSettings(name_or_path=str(tmp_path), peft={}), seed=0
     )
     settings = dict(rows_of(card(of, "a policy", ANSWER), "Settings that are not the defaults"))
-    assert settings == {"sft.ppo_init": "{}", "model.name_or_path": tmp_path.name, "model.peft": "{}"}
+    assert settings == {
+        "sft.ppo_init": "{}",
+        "model.name_or_path": tmp_path.name,
+        "model.peft": "{}",
+        "model.publish_dtype": "as_given",
+    }
 
 
 def test_metadata_go_from_card_to_card(tmp_path, monkeypatch):
