@@ -136,7 +136,8 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
         location, console = Location.of(arguments.artifacts), make_console(hints.caller_from(arguments))
         store = api.open_store_to_run(experiment, location)
         flags = flags_of(arguments)
-        is_alone = processes.rank_and_size_from_environment()[1] == 1 and location.url is None
+        wanted = experiment.launch.processes * experiment.launch.nodes
+        is_alone = wanted == processes.rank_and_size_from_environment()[1] == 1 and location.url is None
         # the Hub is asked for a name once a command, and that takes longer than importing torch
         is_local = is_alone and not names_hub(tree.values)
         if is_local and plan.nothing_to_do(targets, experiment, store, stages, flags, console):
@@ -145,7 +146,7 @@ def bring_up_to_date(arguments: argparse.Namespace, targets: list[str]) -> int:
             return 0
         environment.prepare(experiment)  # imports torch
         patience = experiment.launch.timeout
-        peers = processes.join(experiment.launch.processes * experiment.launch.nodes, patience)
+        peers = processes.join(wanted, patience)
         met.set()
         from pipeline.launch import parallel  # imports torch
 

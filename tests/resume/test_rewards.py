@@ -154,7 +154,8 @@ def test_the_served_reward_model_is_the_climbed_one_and_ends_on_a_signal(number,
     url = output.read_text().split(" scores at ")[1].split()[0]
     if number == signal.SIGTERM:
         root = copy_without(oracle, tmp_path, "ppo")
-        assert rlhf(*command(root, f"{{model: rm, how: min}}, {{url: '{url}', name: far}}")) == 0
+        rewards = f"{{model: rm, how: min}}, {{url: '{url}', name: far}}"
+        assert rlhf(*command(root, rewards), "evaluate.reward_ensemble=min") == 0
         assert all(row["rewards/far"] == pytest.approx(row["rewards/rm"], abs=1e-6) for row in metrics(root))
     os.kill(child.pid, number)
     assert end([child], 30) == [0]
