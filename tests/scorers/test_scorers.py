@@ -21,6 +21,7 @@ class OneProcess:
     """Stand in for accelerate's Accelerator."""
 
     device = torch.device("cpu")
+    mixed_precision = "no"
     autocast = staticmethod(contextlib.nullcontext)
 
 
