@@ -294,10 +294,7 @@ class ArtifactStore:
         names = [name for name in integrity.list_files(content) if name != TIMING]
         for name in names:
             assert is_publishable(name), f"{stage} may not publish {name}"
-        found = self.digests.read(content / name for name in names)
-        outputs = {
-            name: {"sha256": found[content / name].sha256, "bytes": (content / name).stat().st_size} for name in names
-        }
+        outputs = integrity.describe_files(content, names, self.digests.sha256)
         manifest = integrity.seal(record | {"outputs": outputs})
         files.write_json(content / "manifest.json", manifest)
         self.install(stage, content)

@@ -43,7 +43,7 @@ class Reading(NamedTuple):
 
 @dataclass
 class Digests:
-    """What this command, and earlier ones, know of files.
+    """Remember what this command, and earlier ones, found in files.
 
     A file is read again only if its identity has changed, or if it was so new at the first reading
     that a later change might not show in the identity.
@@ -114,6 +114,10 @@ class Digests:
             self.bytes_read += sum(sizes.values())
             self._remember(sizes)
         return found
+
+    def sha256(self, files: Iterable[Path]) -> dict[Path, str]:
+        """Return the digests of files; the errors are those of `read`."""
+        return {file: facts.sha256 for file, facts in self.read(files).items()}
 
     def matching(self, expected: Mapping[Path, str], trusting: bool = True) -> dict[Path, str]:
         """Return the digests of files that should have certain ones: see `integrity.check_files`.

@@ -139,9 +139,17 @@ def list_files(folder: Path) -> list[str]:
     return names
 
 
-def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return `{name: {"sha256", "bytes"}}`, as manifests record it, for files below `folder`."""
-    digests = sha256_files(folder / name for name in names)
+def describe_files(
+    folder: Path, names: list[str], digests_of: Callable[[Iterable[Path]], Mapping[Path, str]] = sha256_files
+) -> dict[str, dict[str, Any]]:
+    """Return `{name: {"sha256", "bytes"}}`, as manifests record it, for files below `folder`.
+
+    Args:
+        folder: the folder that the names are relative to.
+        names: the files.
+        digests_of: returns the digests of files.
+    """
+    digests = digests_of(folder / name for name in names)
     return {name: {"sha256": digests[folder / name], "bytes": (folder / name).stat().st_size} for name in names}
 
 

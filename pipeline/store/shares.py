@@ -35,7 +35,7 @@ Runs = Sequence[Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Share:
-    """What one process writes of a tensor."""
+    """Hold the blocks of a tensor that one process writes."""
 
     shape: tuple[int, ...]
     """Shape of the whole tensor."""

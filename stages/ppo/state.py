@@ -24,7 +24,7 @@ SAVED_KEYS = {"skipped", "alarms", "recompute", "looks", "kl_coef"}  # that ever
 
 @dataclass(frozen=True)
 class Drawn:
-    """How far a run has come, in what it has drawn: updates may change their size on a resume."""
+    """Count what a run has drawn so far: updates may change their size on a resume."""
 
     episodes: int = 0
     """Episodes sampled."""

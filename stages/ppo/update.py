@@ -273,7 +273,7 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
 
 @dataclass(frozen=True)
 class PtxGradient:
-    """What is to be read of the pretraining gradient; all of it is still on the device."""
+    """Hold the figures of the pretraining gradient; all of them are still on the device."""
 
     parts: list[dict[str, Figure]]
     """The loss, of each micro-batch of this rank."""

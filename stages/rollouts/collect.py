@@ -28,7 +28,7 @@ from stages.training.batching import in_micro_batches, share_groups
 
 @dataclass(frozen=True)
 class ScoreRules:
-    """What becomes of a scorer's score before it is a reward."""
+    """Say how a scorer's score becomes a reward."""
 
     missing_eos_score: float | None = None
     """Score of a response without EOS; None: its own."""
@@ -57,7 +57,7 @@ class ScoreRules:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a rollout is sampled and scored."""
+    """Say how a rollout is sampled and scored."""
 
     samples_per_prompt: int
     """Responses to each prompt."""

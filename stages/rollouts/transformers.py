@@ -31,7 +31,7 @@ ROW_MULTIPLE = 4  # a steady lane holds a multiple of it: a matrix product of 13
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are decoded."""
+    """Say how responses are decoded."""
 
     response_length: int
     """The longest response in tokens, EOS included."""

@@ -49,7 +49,7 @@ class JudgeScorer:
         self.invalid_answer = ""  # the last answer without a valid verdict, for error lines
 
     def score(self, request: ScoreRequest) -> Scores:
-        """Return the grades (B,), and in the part `invalid` 1 for each that is no valid verdict.
+        """Return the grades (B,); the part `invalid` is 1 where the judge gave no valid verdict.
 
         Raises:
             ScorerLost, ScorerDropped: If the judge does not answer.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a session is made with this module, and models load torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a stage computes: where, in which numbers, and how rows go through its models."""
+    """Say how a stage computes: its device, its precision, and how rows go through its models."""
 
     device: str
     """"cpu", "cuda" or "mps"."""

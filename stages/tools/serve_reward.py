@@ -24,7 +24,7 @@ OWN = {"rm": "model", "judge": "judge/model"}
 
 @dataclass(frozen=True)
 class Options:
-    """What is served, and where."""
+    """Say what is served, and where."""
 
     model: str = "rm"
     """rm, judge, or a folder."""

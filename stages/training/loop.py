@@ -25,7 +25,7 @@ from stages.training.trainee import Trainee, clipped_step, gradients_of, norm_pr
 
 @dataclass(frozen=True)
 class Task:
-    """What a training computes: its batches, their loss, and the held-out evaluation."""
+    """Define what a training computes: its batches, their loss, and the held-out evaluation."""
 
     order: Sequence[int]
     """Indices of the rows of all batches, in order."""

@@ -154,7 +154,7 @@ def loss_of(c: RMSettings, batch: GroupBatch, scores: Tensor, prompts: int) -> T
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """What a reward model says of the held-out rankings."""
+    """Hold the scores of a reward model on the held-out rankings."""
 
     margins: list[float]
     """For each pair, the score of the preferred response minus the other one's."""

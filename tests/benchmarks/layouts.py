@@ -9,20 +9,16 @@ the CPU's memory while a GPU would compute: on a CPU both are the same memory, s
 apart by what they are. Prints a table of megabytes with what `rlhf doctor --memory` computes.
 """
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
 
 import torch
-from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.groups import make_rows
 from pipeline.launch import parallel
-from pipeline.launch.launcher import process_environments
 from stages.models.activations import offload_activations
 from stages.models.adapters import AdapterSettings
 from stages.models.forward import head_is_linear, response_logprobs
@@ -35,7 +31,7 @@ from stages.tools.memory_step import Step, take_step
 from stages.training import stand_ins
 from stages.training.trainee import make_trainee, optimizer_step
 from tests.counted import Held
-from tests.forked import process
+from tests.together import together
 
 LAYOUTS = {
     "ddp": (Layout(), False),
@@ -109,20 +105,15 @@ def computed(name: str) -> tuple[int, int]:
     return need.weights + need.moments + most, need.host
 
 
-def measure(environment: dict[str, str], results: object) -> None:
+def measure(results: object) -> None:
     """Measure all layouts in one of two processes; the first one sends {name: (held, offloaded)}.
 
     Args:
-        environment: What a launcher sets for this process.
         results: A connection.
     """
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     found = {name: held_by_a_step(name) for name in LAYOUTS}
     if parallel.is_rank_zero():
         results.send(found)
-    dist.destroy_process_group()
 
 
 def measured() -> dict[str, tuple[int, int]]:
@@ -130,16 +121,7 @@ def measured() -> dict[str, tuple[int, int]]:
     import multiprocessing
 
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    children = [process(measure, environment, sender) for environment in process_environments(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    if codes != [0, 0]:
-        raise SystemExit(f"the processes ended with {codes}")
+    together(2, measure, sender, seconds=300, patience=120)
     return receiver.recv()
 
 

@@ -18,12 +18,10 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +34,6 @@ from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.launch import parallel
-from pipeline.launch.launcher import process_environments
 from pipeline.stage import StopFlag
 from pipeline.store.checkpoints import CheckpointStore
 from stages.models.loading import prepare
@@ -45,7 +42,7 @@ from stages.training.checkpoint import TrainingState, save_checkpoint
 from stages.training.selection import Best
 from stages.training.session import Session
 from stages.training.trainee import Trainee, make_trainee, optimizer_step
-from tests.forked import process
+from tests.together import together
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,19 +85,15 @@ def timed_save(session: Session, training: TrainingState, step: int) -> dict[str
     return {"pause_s": max(pauses), "complete_s": seconds, "grown_mb": (resident("VmHWM") - before) / 1e6}
 
 
-def measure(environment: dict[str, str], folder: str, millions: int, pairs: int, results: Any) -> None:
+def measure(folder: str, millions: int, pairs: int, results: Any) -> None:
     """Save in turns in one of the processes; rank 0 sends what each save took.
 
     Args:
-        environment: What a launcher sets for this process.
         folder: Where the checkpoints go.
         millions: Weights of the model.
         pairs: Saves of either kind.
         results: A connection.
     """
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     training = TrainingState([trained(millions)], Best("last", None, False))
     store = CheckpointStore(Path(folder), 1, 1, "run", say=lambda line: None, writes=parallel.is_rank_zero())
     found: dict[str, list[dict[str, float]]] = {"whole": [], "shares": []}
@@ -111,7 +104,6 @@ def measure(environment: dict[str, str], folder: str, millions: int, pairs: int,
         found[kind].append(timed_save(session, training, i + 1))
     if parallel.is_rank_zero():
         results.send(found)
-    dist.destroy_process_group()
 
 
 def main(argv: list[str]) -> None:
@@ -123,19 +115,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     receiver, sender = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="bench_shares_") as folder:
-        children = [
-            process(measure, environment, folder, args.millions, args.pairs, sender)
-            for environment in process_environments(args.processes)
-        ]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(600)
-        codes = [child.exitcode for child in children]
-        for child in children:
-            child.kill()
-    if any(codes):
-        raise SystemExit(f"the processes ended with {codes}")
+        together(args.processes, measure, folder, args.millions, args.pairs, sender, seconds=600, patience=300)
     row: dict[str, Any] = {"bench": "shares", "millions": args.millions, "processes": args.processes}
     for kind, saves in receiver.recv().items():
         for name in saves[0]:
