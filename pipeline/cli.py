@@ -127,7 +127,9 @@ def disk_error(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if number is None or number not in files.DISK_ERRORS:
         return None
-    path = Path(getattr(error, "filename", None) or ".")
+    if (named := getattr(error, "filename", None)) is None:
+        return f"{os.strerror(number)}, in a file without a name, probably standard output; run again"
+    path = Path(named)
     line = f"{path}: {os.strerror(number)}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))

@@ -236,10 +236,15 @@ def forget(item: str) -> None:
     elif kind == "tensors":
         from pipeline.store.checkpoints import Checkpoint
 
-        tensors = Checkpoint.tensors
-        Checkpoint.tensors = lambda self, group: {
-            key: value * 0 if group == name else value for key, value in tensors(self, group).items()
-        }
+        stored = Checkpoint.stored
+
+        def zeros(self, group):
+            found = stored(self, group)
+            for one in found.values() if group == name else ():
+                object.__setattr__(one, "read", lambda runs=None, read=one.read: read(runs) * 0)
+            return found
+
+        Checkpoint.stored = zeros  # `tensors` reads through it
     elif kind == "trainer":
         from transformers import Trainer, TrainerState
 
