@@ -199,27 +199,28 @@ def take_step(
         weights, separate = live.now, sum(map(size_of, models.values()))
         options = {"steps": 100, "learning_rate": 1.0, "max_grad_norm": 1.0}
         trainees = [make_trainee(name, model, **options) for name, model in models.items()]
-        for _ in range(2):  # the first step creates Adam's moments
-            live.most, before, apart = live.now, live.now, []
-            for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):
-                for step, batch, tokens in zip(steps, real, read, strict=True):
-                    if turn >= step.times or (step.head == "text") != (head == "text"):
-                        continue
-                    model = models[step.model]
-                    if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
-                        apart += [p.grad for p in trainable_parameters(model).values()]
-                        model.zero_grad(set_to_none=True)
-                    casts = {"enabled": dtype != "float32", "cache_enabled": not sharded}
-                    with torch.autocast("cpu", torch.bfloat16, **casts):
-                        loss = forward(model, step, faked(batch, tokens), device)
-                    loss.sum().backward()
-                    del loss
-                    if sharded:  # the gradients outside the layers
-                        model.zero_grad(set_to_none=True)
-            apart.clear()
-            for trainee in trainees:
-                trainee.optimizer.step()
-                trainee.optimizer.zero_grad(set_to_none=True)
+        if not sharded:
+            create_moments(list(models.values()), trainees)
+        live.most, before, apart = live.now, live.now, []
+        for head, turn in (("any", 0), ("any", 1), ("text", 0), ("text", 1)):
+            for step, batch, tokens in zip(steps, real, read, strict=True):
+                if turn >= step.times or (step.head == "text") != (head == "text"):
+                    continue
+                model = models[step.model]
+                if (head, turn) == ("text", 0):  # PPO keeps its own gradient aside while it computes the text's
+                    apart += [p.grad for p in trainable_parameters(model).values()]
+                    model.zero_grad(set_to_none=True)
+                casts = {"enabled": dtype != "float32", "cache_enabled": not sharded}
+                with torch.autocast("cpu", torch.bfloat16, **casts):
+                    loss = forward(model, step, faked(batch, tokens), device)
+                loss.sum().backward()
+                del loss
+                if sharded:  # the gradients outside the layers
+                    model.zero_grad(set_to_none=True)
+        apart.clear()
+        for trainee in trainees:
+            trainee.optimizer.step()
+            trainee.optimizer.zero_grad(set_to_none=True)
         trains = {name: sum(p.nbytes for p in trainable_parameters(model).values()) for name, model in models.items()}
         aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
         step, moments = live.most - before, before - weights
@@ -251,6 +252,21 @@ def take_step(
             adapted=adapter.soft_prompt is not None or any(map(is_adapted, models.values())),
             host=host,
         )
+
+
+def create_moments(models: list[nn.Module], trainees: list[Any]) -> None:
+    """Let each optimizer step once, on gradients that no pass computed, so that it has its moments.
+
+    Args:
+        models: The models.
+        trainees: What `make_trainee` returned for them.
+    """
+    for model in models:
+        for p in trainable_parameters(model).values():
+            p.grad = torch.empty_like(p)
+    for trainee in trainees:
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
 
 
 def take_passes(
