@@ -47,7 +47,7 @@ RUN      = @$(RLHF) run $@ $(PLACE) $(SETTINGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo world base sft rankings rm ppo dpo evaluate report status doctor rank playground chat \
-        test test-slow test-versions lint bench faults frontier clean-artifacts
+        test test-slow test-exhaustive test-versions lint bench faults frontier clean-artifacts
 
 help: ## show this list
 	@echo 'make TARGET [CONFIG=configs/tiny.yaml] [ARTIFACTS=artifacts] [ppo.kl_coef=0.05 ...]'
@@ -108,7 +108,9 @@ chat: $(STAMP) ## talk to policies side by side (MODELS=sft,ppo)
 test: $(STAMP) ## the quick tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n logical --dist loadfile --no-loadscope-reorder
 test-slow: $(STAMP) ## the slow ones: whole chains, kills, real training
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -m slow -n logical --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -m 'slow and not exhaustive' -n logical --dist loadfile --no-loadscope-reorder
+test-exhaustive: $(STAMP) ## more of their kind: every tuning method, every layout
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -m exhaustive -n logical --dist loadfile --no-loadscope-reorder
 test-versions: $(STAMP) ## them with the lowest and newest libraries on each Python (VERSIONS=lowest VERSIONS_TESTS=tests/data)
 	@$(VENV)/bin/python tests/versions/matrix.py $(VERSIONS:%=--only %) --tests=$(call quoted,$(VERSIONS_TESTS))
 lint: $(STAMP) ## ruff (rules and format) and mypy

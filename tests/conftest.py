@@ -23,6 +23,7 @@ LONGEST = (
     "test_demo.py",  # 330 to 550 s on two cores
     "resume/test_faults.py",  # 420 s
     "stages/test_minimal.py",  # 225 s
+    "stages/tools/test_memory_held.py",  # 150 s
     "models/test_families.py",  # 120 s
     "resume",
     "people/browser/test_killed.py",  # 80 s
@@ -32,8 +33,8 @@ LONGEST = (
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave files without a slow test out of `-m slow`: importing all takes a minute a worker."""
-    if config.option.markexpr != "slow" or not collection_path.match("test_*.py") or names_slow(collection_path):
+    """Leave files without a slow test out of a run of slow ones: importing all takes a minute."""
+    if not wants_slow(config) or not collection_path.match("test_*.py") or names_slow(collection_path):
         return None
     return True
 
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for path in {item.path for item in items if item.get_closest_marker("slow")}:
         if not names_slow(path):
             raise pytest.UsageError(f"{path}: it has a slow test, but not the word slow, by which -m slow finds files")
-    if config.option.markexpr != "slow":
+    if not wants_slow(config):
         return
 
     def place(item: pytest.Item) -> int:
@@ -56,6 +57,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return min(found, default=len(LONGEST))
 
     items.sort(key=place)  # stable: the tests of a file keep their order
+
+
+def wants_slow(config: pytest.Config) -> bool:
+    """Return whether a run takes slow or exhaustive tests, and no quick ones."""
+    return config.option.markexpr in ("slow", "exhaustive", "slow and not exhaustive")
 
 
 def names_slow(path: Path) -> bool:

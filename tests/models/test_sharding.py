@@ -274,7 +274,11 @@ def check_methods(methods):
 
 @pytest.mark.parametrize(
     "methods",
-    [["adalora"], *(pytest.param(group, marks=pytest.mark.slow) for group in (MERGED, STAY, QUANTIZED))],
+    [
+        ["adalora"],
+        *(pytest.param(group, marks=pytest.mark.slow) for group in (STAY, QUANTIZED)),
+        pytest.param(MERGED, marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+    ],
     ids=lambda methods: methods[0],
 )
 def test_each_method_trains_sharded_as_it_does_whole(methods):

@@ -18,12 +18,16 @@ def slow(*cases):
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+def exhaustive(*cases):
+    return [pytest.param(*case, marks=(pytest.mark.slow, pytest.mark.exhaustive)) for case in cases]
+
+
 @pytest.mark.parametrize("stage, size, settings", [
     ("dpo", 2, (TENSOR,)),
-    *slow(("rm", 2, (TENSOR,)), ("sft", 2, (TENSOR,)), ("base", 2, (TENSOR,)), ("ppo", 2, (TENSOR,))),
-    *slow(("dpo", 2, (CONTEXT,)), ("sft", 2, (CONTEXT,)), ("ppo", 2, (CONTEXT,))),
-    *slow(("rm", 4, (TENSOR, FSDP)), ("sft", 4, (TENSOR, FSDP)), ("sft", 4, (TENSOR,))),
+    *slow(("ppo", 2, (TENSOR,)), ("dpo", 2, (CONTEXT,)), ("sft", 2, (CONTEXT,)), ("rm", 4, (TENSOR, FSDP))),
     *slow(("rm", 4, (CONTEXT, FSDP)), ("dpo", 4, (TENSOR, CONTEXT))),
+    *exhaustive(("rm", 2, (TENSOR,)), ("sft", 2, (TENSOR,)), ("base", 2, (TENSOR,)), ("ppo", 2, (CONTEXT,))),
+    *exhaustive(("sft", 4, (TENSOR, FSDP)), ("sft", 4, (TENSOR,))),
 ])  # fmt: skip
 def test_they_give_the_results_of_one_process(stage, size, settings, oracle, tmp_path):
     root = copy_without(oracle, tmp_path, stage)

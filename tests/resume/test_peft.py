@@ -14,6 +14,7 @@ from pipeline.config.checks import LOW_RANK
 from stages.models.loading import load_policy
 from stages.models.quantized import Quantized
 from tests.builders import tiny_causal
+from tests.marks import first_of_a_kind
 
 BEFORE = {
     "sft": "base/model",
@@ -119,7 +120,7 @@ def bits_of(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", CHANGES)
+@pytest.mark.parametrize("method", first_of_a_kind(CHANGES, 1))
 def test_a_method_in_every_stage(method, biased, tmp_path):
     if bits_of(method) and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed (the extra qlora)")
@@ -153,7 +154,7 @@ def test_a_method_in_every_stage(method, biased, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", IN_PLACE)
+@pytest.mark.parametrize("method", first_of_a_kind(IN_PLACE, 1))
 def test_a_method_whose_adapter_stays_in_the_model_in_every_stage(method, tmp_path):
     """The base model in base/ stays that of `base`; each stage trains its source's adapter on."""
     chain = tmp_path / "whole"
@@ -174,7 +175,9 @@ def test_a_method_whose_adapter_stays_in_the_model_in_every_stage(method, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["pfeiffer", "prefix_tuning, prefix_projection: true, num_virtual_tokens: 6"])
+@pytest.mark.parametrize(
+    "method", first_of_a_kind(["pfeiffer", "prefix_tuning, prefix_projection: true, num_virtual_tokens: 6"], 1)
+)
 def test_sft_of_an_adapter_that_stays_in_the_model_resumes(method, tmp_path):
     chain = tmp_path / "whole"
     run = ("-c", str(CONFIG), f"model.peft={{method: {method}}}", "sft.learning_rate=1e-2", "--artifacts")

@@ -13,6 +13,7 @@ from resume_worker import CONFIG, assert_same_figures, copy_without, published, 
 
 from data.tokenizer import train_tokenizer
 from pipeline.cli import main
+from tests.marks import first_of_a_kind
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ def test_no_stage_and_no_chat_runs_an_artifacts_code_without_the_flag(chain, tmp
     assert "score" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, strategy", [("sft", "ddp"), ("rm", "fsdp2"), ("ppo", "fsdp2")])
+@pytest.mark.parametrize("stage, strategy", first_of_a_kind([("ppo", "fsdp2"), ("sft", "ddp"), ("rm", "fsdp2")], 1))
 def test_several_processes_pass_on_the_flag(stage, strategy, chain, tmp_path):
     """Two processes with a module cache each publish the figures of one, and all of the code."""
     oracle, options, _ = chain

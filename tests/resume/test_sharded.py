@@ -8,7 +8,10 @@ import torch
 from resume_worker import CONFIG, assert_same_figures, copy_without, published, rlhf, rlhf_together, rows_of
 from safetensors.torch import load_file
 
+from tests.marks import first_of_a_kind
+
 FSDP = "launch.strategy=fsdp2"
+CHECKPOINTING = "model.gradient_checkpointing=true"
 LORA, BFLOAT16 = "model.peft={method: lora, r: 2}", "model.dtype=bfloat16"
 HOULSBY = "model.peft={method: houlsby, bottleneck_size: 4}"
 
@@ -88,7 +91,11 @@ def test_a_signal_ends_sampling_at_once_and_it_resumes(stage, oracle, undisturbe
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [(LORA,), (HOULSBY,), (LORA, BFLOAT16), ("model.gradient_checkpointing=true", BFLOAT16)]
+    "settings",
+    [
+        (LORA, BFLOAT16),
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ((LORA,), (HOULSBY,), (CHECKPOINTING, BFLOAT16))),
+    ],
 )
 def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
     """Compared with two ddp processes: with one, bfloat16 would round other rows together.
@@ -113,12 +120,15 @@ def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, settings",
-    [
-        ("sft", ("sft.peft={method: adalora, r: 2}",)),
-        ("ppo", ("ppo.peft={method: adalora, r: 2}", "ppo.total_episodes=24")),
-        ("sft", ("sft.peft={method: prefix_tuning, num_virtual_tokens: 4}",)),
-        ("rm", ("rm.loss_type=davidson", "rm.label_smoothing=0")),
-    ],
+    first_of_a_kind(
+        [
+            ("sft", ("sft.peft={method: adalora, r: 2}",)),
+            ("rm", ("rm.loss_type=davidson", "rm.label_smoothing=0")),
+            ("ppo", ("ppo.peft={method: adalora, r: 2}", "ppo.total_episodes=24")),
+            ("sft", ("sft.peft={method: prefix_tuning, num_virtual_tokens: 4}",)),
+        ],
+        2,
+    ),
 )
 def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settings, oracle, tmp_path):
     """Figures are those of ddp; a run that is killed and resumed ends in the same bytes."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from resume_worker import CONFIG, copy_without, published, rlhf, rlhf_together, rows_of
 
+from tests.marks import first_of_a_kind
+
 STAND_IN = Path(__file__).parents[1] / "rollouts" / "stand_in"
 
 
@@ -142,7 +144,7 @@ def test_two_processes_weigh_as_one(oracle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", first_of_a_kind(["fsdp2", "ddp"], 1))
 @pytest.mark.parametrize("peft", ["null", "{method: lora, r: 2}"])
 def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
     root = copy_without(oracle, tmp_path, "ppo")
@@ -190,7 +192,7 @@ def test_evaluate_samples_each_policy_with_it(oracle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", first_of_a_kind(["fsdp2", "ddp"], 1))
 @pytest.mark.parametrize("stage", ["rankings", "evaluate"])
 def test_two_processes_sample_with_one(stage, strategy, oracle, tmp_path):
     """With shards or whole models: the same responses as one process."""
@@ -204,7 +206,7 @@ def test_two_processes_sample_with_one(stage, strategy, oracle, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+@pytest.mark.parametrize("stage", first_of_a_kind(["rankings", "evaluate"], 1))
 def test_without_vllm_sampling_stops_and_resumes(stage, oracle, tmp_path):
     root, whole = copy_without(oracle, tmp_path, stage), copy_without(oracle, tmp_path / "whole", stage)
     dies = ("launch.vllm.options={dies_at: 5}", "checkpoints.every=0")
