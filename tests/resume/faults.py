@@ -337,8 +337,8 @@ def failing_call(errors: tuple[str, ...], names: tuple[str, ...]) -> Case:
                 if ended.code == 0:  # a call whose failure costs nothing, such as the last one of a clean-up
                     expect(call.name != "fsync", "an fsync failed unnoticed")
                 else:
-                    # without the memory of digests, which is not written in each run, the call of that
-                    # number may write to standard output
+                    # The memory of digests is not written in each run: without it, the call of that
+                    # number may write to standard output.
                     inside = any(p.startswith(str(t.root)) for c in ended.calls if c.failed for p in c.paths)
                     refused(ended, str(t.root) if inside else "standard output")
                     damaged = [str(p) for p in t.checkpoints() if damage.problems(p)]
