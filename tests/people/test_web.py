@@ -145,6 +145,8 @@ def test_a_port_is_kept_while_it_is_free():
         assert again.getsockname()[1] == port
     with pytest.raises(UserError, match=r"rank\.host"):
         serving.bind("host.invalid", 0, "rank")
+    with pytest.raises(UserError, match=r"rank\.port: 6000 is one that browsers refuse"):
+        serving.bind("127.0.0.1", 6000, "rank")
 
 
 def test_small_answers_are_sent_at_once():

@@ -170,8 +170,10 @@ def known(api: Api, name: Any) -> str:
     Raises:
         ApiError: There is none of this name.
     """
+    there = ", ".join(api.engine.policies)
+    if name is None:
+        raise ApiError(400, f"model: is missing; use {there}", code="missing_required_parameter", param="model")
     if not isinstance(name, str) or name not in api.engine.policies:
-        there = ", ".join(api.engine.policies)
         raise ApiError(
             404, f"model: {str(name)[:60]!r} is not here; use {there}", code="model_not_found", param="model"
         )

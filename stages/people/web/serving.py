@@ -69,6 +69,12 @@ def write_private(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+CLOSED_PORTS = frozenset(
+    [1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080]
+)
+"""Ports from 1024 up that browsers refuse, since other services use them (WHATWG, Fetch, § 2.9)."""
+
+
 def bind(host: str, port: int, key: str, last: int = 0) -> socket.socket:
     """Return a socket bound to a host and a port.
 
@@ -79,8 +85,10 @@ def bind(host: str, port: int, key: str, last: int = 0) -> socket.socket:
         last: The port of last time; 0 if there was none.
 
     Raises:
-        UserError: It cannot be bound.
+        UserError: It cannot be bound, or browsers do not open it.
     """
+    if port in CLOSED_PORTS:
+        raise UserError(f"{key}.port: {port} is one that browsers refuse to open; choose another one, or 0 for any")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:

@@ -172,8 +172,10 @@ def test_tokens_models_and_unknown_places(client):
     listed = client.get("/models").json()
     assert listed["object"] == "list" and [model["id"] for model in listed["data"]] == ["sft", "ppo"]
     assert client.get("/models/ppo").json() == {"id": "ppo", "object": "model", "created": 123, "owned_by": "rlhf"}
-    for response in (client.get("/models/gpt"), ask(client, model="gpt"), ask(client, model=None)):
+    for response in (client.get("/models/gpt"), ask(client, model="gpt"), ask(client, model=7)):
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+    response = ask(client, model=None)
+    assert response.status_code == 400 and response.json()["error"]["message"] == "model: is missing; use sft, ppo"
     assert client.get("/chat/completions").status_code == 405
     assert client.post("/completions", json={}).json()["error"]["code"] == "unknown_url"
 
