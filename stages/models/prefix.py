@@ -222,7 +222,7 @@ def keys_and_values(model: nn.Module, ids: Tensor) -> tuple[PrefixShape, Tensor]
         model.base_model(input_ids=ids, use_cache=True, **{name: cache})
         parts = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         stacked = torch.cat(parts).unflatten(0, (-1, 2))  # (L, 2, H, n, D)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, LookupError) as error:
         raise UserError(
             f"model.peft.method: prefix_tuning needs keys and values of one shape in every layer, which this "
             f"{model.config.model_type} model does not have; use lora"
