@@ -23,7 +23,7 @@ LONGEST = (
     "test_demo.py",  # 330 to 550 s on two cores
     "resume/test_faults.py",  # 420 s
     "stages/test_minimal.py",  # 225 s
-    "stages/tools/test_memory_held.py",  # 150 s
+    "stages/tools/test_memory_held.py",  # 300 s
     "models/test_families.py",  # 120 s
     "resume",
     "people/browser/test_killed.py",  # 80 s

@@ -59,6 +59,7 @@ def test_every_way_has_the_same_number_of_samples(sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_comparison_with_a_tiny_model(tmp_path):
     """Every way is run and measured; a second run only prints the same lines."""
     words = [sys.executable, str(HERE / "conditional.py"), "--quick", "--seeds", "0"]

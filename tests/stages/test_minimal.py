@@ -248,6 +248,7 @@ def test_samples_end_at_eos_or_at_the_length_limit():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the demo's test trains a chain too
 def test_the_chain_improves():
     """Run the whole file: SFT answers better than base, and PPO and DPO better than SFT."""
     scores = minimal.main()
