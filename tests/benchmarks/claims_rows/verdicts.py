@@ -1,0 +1,103 @@
+"""Turn an interval over seeds into a verdict, by a rule that is declared before anything runs.
+
+Pure functions. A claim has a main figure and perhaps others. Each has a rule; the verdict of the
+claim is that of its main figure, and is weakened where one of the others does not hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stages.page.numbers import fixed
+
+HOLDS, WEAKER, FAILS, UNTOLD, NOT_RUN = VERDICTS = (
+    "holds", "weaker", "does not hold", "cannot be told", "not run",
+)  # fmt: skip
+"""Every verdict, the best first."""
+SUPPORTED = (HOLDS, WEAKER)
+"""Verdicts by which what the paper says is there at all."""
+FEWEST_SEEDS = 5
+"""Seeds below which a verdict is marked as quick."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Say what a figure has to be for the claim to hold."""
+
+    direction: Literal["above", "below", "equal"] = "above"
+    """Where the figure is claimed to lie: above `than`, below it, or within `nothing` of it."""
+    than: float = 0.0
+    """The value that it is compared with."""
+    nothing: float = 0.0
+    """Distance to `than` that counts as none."""
+    enough: float = 0.0
+    """Distance to `than` below which a mean is weaker than what the paper says."""
+
+    def __post_init__(self) -> None:
+        """Refuse a rule that contradicts itself."""
+        if self.nothing < 0 or self.enough < 0:
+            raise ValueError(f"{self}: distances are positive")
+        if self.direction == "equal" and (self.enough or not self.nothing):
+            raise ValueError(f"{self}: 'equal' takes the distance `nothing`, and no `enough`")
+
+
+def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) -> str:
+    """Return what a mean and its interval say by a rule.
+
+    - above (below is its mirror image): it holds where the whole interval lies above `than` and the
+      mean is at least `enough` away; weaker where only the first is so. It does not hold where the
+      interval does not reach beyond `than` + `nothing`.
+    - equal: it holds where the whole interval lies within `nothing` of `than`, and does not hold
+      where the whole interval lies outside.
+
+    Everything else cannot be told.
+
+    Args:
+        value: The mean over seeds; None: the figure is not defined on some seed.
+        ci95: Its interval; None: there is one seed only.
+        rule: The rule.
+    """
+    if value is None or ci95 is None:
+        return UNTOLD
+    mean, low, high = (number - rule.than for number in (value, *ci95))
+    if rule.direction == "below":
+        mean, low, high = -mean, -high, -low
+    if rule.direction == "equal":
+        if low >= -rule.nothing and high <= rule.nothing:
+            return HOLDS
+        return FAILS if low > rule.nothing or high < -rule.nothing else UNTOLD
+    if low > 0:
+        return HOLDS if mean >= rule.enough else WEAKER
+    return FAILS if high <= rule.nothing else UNTOLD
+
+
+def combined(main: str, others: Sequence[str] = ()) -> str:
+    """Return the verdict of a claim.
+
+    Args:
+        main: Verdict of its main figure.
+        others: Verdicts of its other figures.
+
+    Returns:
+        The main one; "weaker" where that holds but one of the others is not "holds" itself.
+    """
+    if main != HOLDS:
+        return main
+    return HOLDS if all(other == HOLDS for other in others) else WEAKER
+
+
+def in_words(rule: Rule, digits: int = 2) -> str:
+    """Return a rule as a sentence."""
+    than, nothing, enough = (fixed(number, digits) for number in (rule.than, rule.nothing, rule.enough))
+    if rule.direction == "equal":
+        return f"Holds if the interval lies within ±{nothing} of {than}, does not hold if it lies wholly outside."
+    side = rule.direction
+    limit = fixed(rule.than + (rule.nothing if side == "above" else -rule.nothing), digits)
+    other = "below" if side == "above" else "above"
+    weaker = f" and the mean is at least {enough} away, weaker if it is nearer" if rule.enough else ""
+    return f"Holds if the interval lies {side} {than}{weaker}; does not hold if it lies {other} {limit}."
+
+
+def expected_by_chance(intervals: int) -> float:
+    """Return how many of so many 95 % intervals miss the true value by chance."""
+    return 0.05 * intervals
