@@ -71,7 +71,8 @@ def test_set_adds_to_dotted_variables(make):
         (["kl_coef=0.2"], 'ppo.kl_coef=0.2, or SET="ppo.kl_coef=0.2"'),
         (
             ["clean-artifacts", "FORCE=1"],
-            "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS",
+            "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS QUICK "
+            "ONLY, and a setting is named with its section",
         ),
     ],
 )

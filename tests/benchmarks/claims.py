@@ -20,6 +20,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
@@ -140,7 +141,7 @@ def entry_of(args: Namespace, row: Row, failed: str) -> Entry:
     return Entry(
         row=row,
         finding=finding_of(row, observed),
-        plots=row.plots(observed) if observed else [],
+        plots=[replace(plot, name=f"{row.key}-{plot.name}") for plot in row.plots(observed)] if observed else [],
         quick=args.size != "whole" or len(records) < FEWEST_SEEDS,
         command=command_of(args, row),
         minutes=sum(record["seconds"] for record in records.values()) / 60 if records else None,

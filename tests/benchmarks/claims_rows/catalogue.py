@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass
 
-from claims_rows import demo, overoptimisation, tax, tied, without_rl
+from claims_rows import (
+    demo,
+    details,
+    in_rounds,
+    killed,
+    overoptimisation,
+    reward_models,
+    tax,
+    tied,
+    whole_rankings,
+    without_rl,
+)
 from claims_rows.row import Measurement, Row
 
-ROWS: tuple[Row, ...] = (*demo.ROWS, *tax.ROWS, *tied.ROWS, *overoptimisation.ROWS, *without_rl.ROWS)
+ROWS: tuple[Row, ...] = (
+    *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS, *overoptimisation.ROWS,
+    *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ STYLE = """
 .v-does-not-hold { color: var(--dpo); --mark: "✕"; } .v-cannot-be-told { color: var(--soft); --mark: "?"; }
 .v-not-run { color: var(--soft); --mark: "–"; }
 td.left a { color: inherit; text-decoration-color: var(--line); }
+td.left.narrow { min-width: 0; }
 th.left { text-align: left; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; } section h3 { font-size: 1.15rem; }
 section dl.facts { margin: 1rem 0; } .ours td.left { min-width: 14rem; }
@@ -134,19 +135,20 @@ def ours_text(entry: Entry) -> str:
 
 
 def verdict_table(entries: Sequence[Entry]) -> str:
-    """Return the table at the top: claim, paper, ours, verdict, seeds."""
+    """Return the table at the top: claim, verdict, ours, source, seeds."""
     rows = []
     for entry in entries:
         figure = entry.finding["figures"][0]
         rows.append(
             f'<tr><td class="left"><a href="#{entry.row.key}">{escape(entry.row.claim)}</a></td>'
-            f'<td class="left">{escape(entry.row.source)}</td>'
+            f'<td class="left narrow">{badge(entry)}</td>'
             f'<td class="left">{escape(ours_text(entry))}<br><small>{escape(figure["name"])}</small></td>'
-            f'<td class="left">{badge(entry)}</td><td class="left">{seeds_text(entry.finding["seeds"])}</td></tr>'
+            f'<td class="left">{escape(entry.row.source)}</td>'
+            f'<td class="left narrow">{seeds_text(entry.finding["seeds"])}</td></tr>'
         )
     head = "".join(
         f'<th scope="col" class="left">{heading}</th>'
-        for heading in ("claim", "source", "ours, 95\u00a0% interval", "verdict", "seeds")
+        for heading in ("claim", "verdict", "ours, 95\u00a0% interval", "source", "seeds")
     )
     return (
         '<p class="hint">The table scrolls sideways.</p><div class="scroll" tabindex="0" role="region" '
@@ -165,8 +167,11 @@ def section(entry: Entry) -> str:
         "commit, date": escape(", ".join(filter(None, [entry.commit, entry.date])) or "–"),
         "this row alone": f"<code>{escape(entry.command)}</code>",
     }
+    here = f"{capitalised(finding['figures'][0]['name'])}: {ours_text(entry)}."
     listed_facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
     said = [f"<p><b>The paper</b> ({escape(row.source)}): {escape(row.paper)}</p>"]
+    if finding["verdict"] != NOT_RUN:
+        said.append(f"<p><b>Here</b>, over seeds {seeds_text(finding['seeds'])}: {escape(here)}</p>")
     if row.note:
         said.append(f'<p class="note-text">{escape(row.note)}</p>')
     if entry.failed:

@@ -10,6 +10,8 @@ from stages.page.plot import Curves, Dots, Key, Label, Level, Line, Mark, Plot, 
 
 Read = Callable[[dict], float | None]
 """What was found on a seed → a number."""
+FEWEST = 3
+"""Seeds from which intervals are drawn; that of two is many times as long as their distance."""
 Points = list[tuple[float, float]]
 """(x, y) pairs of one seed."""
 
@@ -37,11 +39,12 @@ def steps(
         values = [value for found in observed.values() if (value := read(found)) is not None]
         if values:
             mean = over_seeds(values)
-            if mean["ci95"] is not None:
+            if len(values) >= FEWEST:
                 marks.append(Spans([(i, *mean["ci95"])], tone))
             marks.append(Dots([(i, mean["value"])], tone, 8, [f"{label}: {mean['value']:.3f}"]))
     seeds = Key(f"one seed each ({len(observed)})", "soft", "faint")
-    text = f"{caption} Dots: means, bars: 95\u00a0% intervals over seeds.".strip()
+    bars = ", bars: 95\u00a0% intervals over seeds" if len(observed) >= FEWEST else " over seeds"
+    text = f"{caption} Dots: means{bars}.".strip()
     drawing = Curves(marks, x_label, unit, x_names=[label for label, _, _ in names])
     return Plot(name, title, text, drawing, (seeds,), size="large")
 

@@ -129,6 +129,8 @@ def finding_of(row: Row, observed: Observed) -> dict[str, Any]:
         by_seed = {seed: figure.read(found) for seed, found in observed.items()}
         is_known = bool(by_seed) and None not in by_seed.values()
         found = over_seeds(list(by_seed.values()), figure.share) if is_known else {"value": None, "ci95": None}
+        if figure.rule.direction == "exactly":  # no interval: one seed could refute it
+            found = found | {"ci95": None}
         verdict = verdict_of(found["value"], found["ci95"], figure.rule) if observed else NOT_RUN
         figures.append(
             {

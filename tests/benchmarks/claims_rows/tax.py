@@ -8,6 +8,7 @@ from sweeps.estimates import SAME
 from claims_rows.pictures import steps
 from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
 from claims_rows.verdicts import Rule
+from stages.page.numbers import capitalised
 from stages.page.plot import Plot
 
 PART = "The alignment tax"
@@ -71,25 +72,26 @@ def least_over_kl(found: dict) -> float | None:
     return None if None in gaps else min(gaps)
 
 
-def plots(observed: Observed) -> list[Plot]:
-    """Return perplexity and gold over γ, and over β without γ."""
-    if not observed:
-        return []
+FIGURES = {"perplexity": "perplexity of held-out text", "held_out": "gold, tasks not trained on"}
+
+
+def over_gamma(observed: Observed, figure: str) -> Plot:
+    """Return a figure over γ, at the config's own β."""
     first = next(iter(observed.values()))
-    settings = {name: one["setting"] for name, one in first["conditions"].items()}
-    start = plain_names(first)[0]
-    drawn = []
-    for figure, unit in (("perplexity", "perplexity of held-out text"), ("held_out", "gold, tasks not trained on")):
-        gammas = [("SFT", "sft", of("sft", figure)), ("0", "ppo", of(start, figure))]
-        gammas += [(f"{settings[name]['ptx_coef']:g}", "ppo", of(name, figure)) for name in ptx_names(first)]
-        own = settings[PTX]["kl_coef"]
-        betas = [("SFT", "sft", of("sft", figure))]
-        betas += [(f"×{settings[name]['kl_coef'] / own:g}", "ppo", of(name, figure)) for name in plain_names(first)]
-        short = unit.partition(" of")[0].partition(",")[0]
-        drawn.append(steps(f"{figure}-gamma", f"{short} over γ", unit, gammas, observed, x_label="γ (ptx_coef)"))
-        title = f"{short} over β, without γ"
-        drawn.append(steps(f"{figure}-beta", title, unit, betas, observed, x_label="β (kl_coef)"))
-    return drawn
+    names = [("SFT", "sft", of("sft", figure)), ("0", "ppo", of(plain_names(first)[0], figure))]
+    for name in ptx_names(first):
+        names.append((f"{first['conditions'][name]['setting']['ptx_coef']:g}", "ppo", of(name, figure)))
+    title = f"{capitalised(FIGURES[figure].partition(',')[0])} over γ"
+    return steps(f"{figure}-gamma", title, FIGURES[figure], names, observed, x_label="γ (ptx_coef)")
+
+
+def over_beta(observed: Observed, figure: str) -> Plot:
+    """Return a figure over β, without γ, beside PPO-ptx."""
+    first = next(iter(observed.values()))
+    names = [("SFT", "sft", of("sft", figure)), ("PPO-ptx", "best_of_n", of(PTX, figure))]
+    names += [(name.rpartition(" ")[2] + " β", "ppo", of(name, figure)) for name in plain_names(first)]
+    title = f"{capitalised(FIGURES[figure].partition(',')[0])} over β, without γ"
+    return steps(f"{figure}-beta", title, FIGURES[figure], names, observed, x_label="multiples of β (kl_coef)")
 
 
 ROWS = (
@@ -108,7 +110,7 @@ ROWS = (
                 2,
             ),
         ),
-        plots,
+        lambda observed: [over_gamma(observed, "perplexity")],
         "The tax is measured as perplexity of held-out pretraining text; a task of facts is not measured yet.",
     ),
     Row(
@@ -131,7 +133,7 @@ ROWS = (
                 Rule(than=-SAME),
             ),
         ),
-        plots,
+        lambda observed: [over_gamma(observed, figure) for figure in FIGURES],
         "Judged at the config's own γ of 1, which was chosen on seeds 0 to 2; other values are only drawn.",
     ),
     Row(
@@ -142,7 +144,7 @@ ROWS = (
         "Regressions stay although β is raised to 100 times its default, and reward is lost.",
         MEASUREMENT,
         (Figure("perplexity: the best β − PPO-ptx", least_over_kl, Rule(nothing=0.05, enough=0.1), 2),),
-        plots,
+        lambda observed: [over_beta(observed, figure) for figure in FIGURES],
         "The β with the lowest perplexity is taken on each seed, which favours β.",
     ),
 )

@@ -24,8 +24,8 @@ FEWEST_SEEDS = 5
 class Rule:
     """Say what a figure has to be for the claim to hold."""
 
-    direction: Literal["above", "below", "equal"] = "above"
-    """Where the figure is claimed to lie: above `than`, below it, or within `nothing` of it."""
+    direction: Literal["above", "below", "equal", "exactly"] = "above"
+    """Where the figure is claimed to lie: above or below `than`, within `nothing` of it, on it."""
     than: float = 0.0
     """The value that it is compared with."""
     nothing: float = 0.0
@@ -37,6 +37,8 @@ class Rule:
         """Refuse a rule that contradicts itself."""
         if self.nothing < 0 or self.enough < 0:
             raise ValueError(f"{self}: distances are positive")
+        if self.direction == "exactly" and (self.nothing or self.enough):
+            raise ValueError(f"{self}: 'exactly' leaves no distance")
         if self.direction == "equal" and (self.enough or not self.nothing):
             raise ValueError(f"{self}: 'equal' takes the distance `nothing`, and no `enough`")
 
@@ -49,6 +51,7 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
       interval does not reach beyond `than` + `nothing`.
     - equal: it holds where the whole interval lies within `nothing` of `than`, and does not hold
       where the whole interval lies outside.
+    - exactly: a matter of no chance. It holds where the mean is `than`, and otherwise does not.
 
     Everything else cannot be told.
 
@@ -57,6 +60,8 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
         ci95: Its interval; None: there is one seed only.
         rule: The rule.
     """
+    if value is not None and rule.direction == "exactly":
+        return HOLDS if value == rule.than else FAILS
     if value is None or ci95 is None:
         return UNTOLD
     mean, low, high = (number - rule.than for number in (value, *ci95))
@@ -91,6 +96,8 @@ def in_words(rule: Rule, digits: int = 2) -> str:
     than, nothing, enough = (fixed(number, digits) for number in (rule.than, rule.nothing, rule.enough))
     if rule.direction == "equal":
         return f"Holds if the interval lies within ±{nothing} of {than}, does not hold if it lies wholly outside."
+    if rule.direction == "exactly":
+        return f"Holds if it is {than} on every seed, and otherwise does not."
     side = rule.direction
     limit = fixed(rule.than + (rule.nothing if side == "above" else -rule.nothing), digits)
     other = "below" if side == "above" else "above"
