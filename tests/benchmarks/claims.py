@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, n
 
 from claims_rows.catalogue import ROWS, SIZES, measurements
 from claims_rows.kept import Kept, kept_of, measure
-from claims_rows.page import Entry, page
+from claims_rows.page import Entry, ours_text, page
 from claims_rows.row import Measurement, Place, Row, derived, finding_of
 from claims_rows.verdicts import FEWEST_SEEDS, NOT_RUN
 from sweeps.runner import make_parser, parse_arguments, relative, run_command
-from sweeps.text import markdown, with_interval
+from sweeps.text import markdown
 
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.stage import StopFlag
@@ -172,10 +172,8 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
         (args.results / "claims.json").write_text(text, encoding="utf-8")
     lines = []
     for entry in entries:
-        figure = entry.finding["figures"][0]
-        ours = NOT_RUN if figure["value"] is None else with_interval(figure, figure["digits"])
         mark = " (quick)" if entry.quick and entry.finding["verdict"] != NOT_RUN else ""
-        lines.append([entry.row.key, ours, f"{entry.finding['verdict']}{mark}"])
+        lines.append([entry.row.key, ours_text(entry), f"{entry.finding['verdict']}{mark}"])
     print(markdown(["row", "ours, 95 % interval", "verdict"], lines))
     print(f"\npage: {relative(args.folder / 'index.html')}")
 

@@ -183,12 +183,15 @@ class TestOverOptimisation:
 
     def test_coefficients_of_each_seed(self):
         """Gains are less SFT's own gold, which differs by seed."""
-        for key in ("gao-best-of-n", "gao-rl"):
-            beta, explained, foretold = self.finding(key)["figures"]
+        for method, form in (("best_of_n", "best_of_n"), ("ppo", "rl")):
+            figures = overoptimisation.gao(method, form)
+            row = replace(overoptimisation.ROWS[0], figures=figures)
+            finding = finding_of(row, OBSERVED)
+            beta, explained, foretold = finding["figures"]
             assert list(beta["by_seed"].values()) == pytest.approx([0.15] * 3)
             assert list(explained["by_seed"].values()) == pytest.approx([1.0] * 3)
             assert all(error < -0.1 for error in foretold["by_seed"].values())
-            assert self.finding(key)["verdict"] == HOLDS
+            assert finding["verdict"] == HOLDS
 
     def test_the_furthest_setting_against_the_own(self):
         gold, score = self.finding("overoptimisation-ppo")["figures"]
@@ -196,11 +199,11 @@ class TestOverOptimisation:
         expected = end * (0.33 - 0.15 * math.log(end)) - start * (0.33 - 0.15 * math.log(start))
         assert gold["by_seed"][3] == pytest.approx(expected)
         assert score["by_seed"][3] == pytest.approx(2 * (end - start))
-        assert self.finding("linear-in-root-kl")["figures"][0]["value"] == pytest.approx(1.0)
+        assert overoptimisation.near_line("ppo", "score")(OBSERVED[3]) == pytest.approx(1.0)
 
     def test_curves_with_fit_and_residuals_are_drawn(self):
-        (row,) = [row for row in overoptimisation.ROWS if row.key == "gao-rl"]
-        curve, residuals = row.plots(OBSERVED)
+        drawn = overoptimisation.plot_of(("ppo",), "gold", "rl"), overoptimisation.residuals_plot("ppo", "rl")
+        curve, residuals = overoptimisation.both(*drawn)(OBSERVED)
         assert "PPO:" in picture(curve).svg and ">5<" in picture(residuals).svg
 
 

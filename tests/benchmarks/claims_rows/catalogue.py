@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from claims_rows import (
     demo,
     details,
+    direct,
+    early,
     in_rounds,
     killed,
     overoptimisation,
+    proxies,
     reward_models,
     tax,
     tied,
@@ -17,7 +20,8 @@ from claims_rows import (
 from claims_rows.row import Measurement, Row
 
 ROWS: tuple[Row, ...] = (
-    *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS, *overoptimisation.ROWS,
+    *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
+    *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *direct.ROWS,
     *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
 )  # fmt: skip
 
@@ -61,7 +65,8 @@ SIZES = {
         (3, 4),
         (
             "ppo.kl_target=null", "sft.ppo_init=null", "rm.ensemble=1", "rm.label_smoothing=0",
-            "rankings.num_prompts=null", "ppo.reward_ensemble=mean", "evaluate.reward_ensemble=mean",
+            "rankings.num_prompts=null", "world.prompts=80",
+            "ppo.reward_ensemble=mean", "evaluate.reward_ensemble=mean",
             "evaluate.samples_per_prompt=2", "evaluate.greedy_prompts=0", "ppo.publish_ema=false",
         ),
     ),

@@ -14,7 +14,16 @@ from stages.page.plot import Plot
 
 PART = "Over-optimisation, and reward against KL"
 GAO = "Gao 2023, introduction (functional forms) and figure 1"
-NAMES = {"best_of_n": "best of n", "ppo": "PPO", "dpo": "DPO"}
+NAMES = {
+    "best_of_n": ("best of n", "best_of_n"),
+    "ppo": ("PPO", "ppo"),
+    "dpo": ("DPO", "dpo"),
+    "early": ("PPO, stopped early", "rm"),
+    "ppo_gold": ("PPO on gold", "sft"),
+}
+"""Method → its name and tone."""
+RISING = ("best_of_n", "early")
+"""Methods that go further from SFT as their setting grows; the others do as it falls."""
 LEFT_OUT = 2
 """Points furthest from SFT that a curve is not fitted to when its extrapolation is tested."""
 NEAR = 2.0
@@ -71,7 +80,7 @@ def gains(found: dict, method: str, figure: str = "gold") -> Points:
     """
     start = next(p[figure] for p in found["points"] if p["method"] == "best_of_n" and p["value"] == 1)
     own = [p for p in found["points"] if p["method"] == method and not (method == "best_of_n" and p["value"] == 1)]
-    own = sorted(own, key=lambda p: p["value"], reverse=method != "best_of_n")
+    own = sorted(own, key=lambda p: p["value"], reverse=method not in RISING)
     return [(max(p["kl"], 0.0), p[figure] - start) for p in own]
 
 
@@ -128,11 +137,11 @@ def gap(ours: str, theirs: str) -> Callable[[dict], float | None]:
     return lambda found: gap_at_equal_kl(with_start(gains(found, ours)), with_start(gains(found, theirs)))
 
 
-def near_line(figure: str) -> Callable[[dict], float | None]:
-    """Return a reader of how much of PPO's start a line in √KL explains."""
+def near_line(method: str, figure: str) -> Callable[[dict], float | None]:
+    """Return a reader of how much of the start of a method's curve a line in √KL explains."""
 
     def read(found: dict) -> float | None:
-        near = [(kl, gain) for kl, gain in gains(found, "ppo", figure) if kl <= NEAR]
+        near = [(kl, gain) for kl, gain in gains(found, method, figure) if kl <= NEAR]
         if len(near) < 2:
             return None
         kl, reward = np.array(near).T
@@ -145,19 +154,16 @@ def plot_of(methods: tuple[str, ...], figure: str, form: Form | None = None) -> 
     """Return a function that draws methods' curves; with a form, also its fit to all seeds."""
 
     def plots(observed: Observed) -> list[Plot]:
-        curves = {
-            NAMES[method]: (
-                method,
-                {seed: with_start(gains(found, method, figure)) for seed, found in observed.items()},
-            )
-            for method in methods
-        }
+        curves: dict[str, tuple[str, dict[int, Points]]] = {}
+        for method in methods:
+            label, tone = NAMES[method]
+            curves[label] = (tone, {seed: with_start(gains(found, method, figure)) for seed, found in observed.items()})
+        together = [point for found in observed.values() for point in gains(found, methods[0])]
+        kl, reward = np.array(together).T
         fits = []
-        if form is not None:
-            together = [point for found in observed.values() for point in gains(found, methods[0])]
-            kl, reward = np.array(together).T
+        if form is not None and len(set(kl[kl > 0])) > 1:
             whole = fit(form, np.sqrt(kl), reward)
-            fits = [(methods[0], lambda d: curve(whole, d))]
+            fits = [(NAMES[methods[0]][1], lambda d: curve(whole, d))]
         unit = "gold less SFT's" if figure == "gold" else "reward model score less SFT's"
         name = f"{'-'.join(methods)}-{figure}"
         return [against_kl(name, f"{unit[0].upper()}{unit[1:]} over KL", unit, curves, fits=fits)]
@@ -179,7 +185,7 @@ def residuals_plot(method: str, form: Form) -> Callable[[Observed], list[Plot]]:
         if len(counts) != 1:
             return []
         names = [
-            (str(i + 1), method, lambda found, i=i: None if own(found) is None else own(found).residuals[i])
+            (str(i + 1), NAMES[method][1], lambda found, i=i: None if own(found) is None else own(found).residuals[i])
             for i in range(counts.pop())
         ]
         text = "Points in the order of their setting, the one nearest to SFT first."
@@ -230,17 +236,6 @@ ROWS = (
         "KL is ln n − (n − 1)/n, as in the paper; gold is 0 to 1 and not a score.",
     ),
     Row(
-        "gao-rl",
-        PART,
-        "Gold under PPO follows d(α − β ln d), d = √KL.",
-        GAO,
-        "The curve fits at every size of the proxy, and foretells gold beyond the points it was fitted to.",
-        MEASUREMENT,
-        gao("ppo", "rl"),
-        both(plot_of(("ppo",), "gold", "rl"), residuals_plot("ppo", "rl")),
-        "The paper's curve is one run over its steps without a penalty; ours is over kl_coef at equal episodes.",
-    ),
-    Row(
         "kl-of-ppo-and-best-of-n",
         PART,
         "PPO needs more KL than best of n for the same gold.",
@@ -260,7 +255,7 @@ ROWS = (
         MEASUREMENT,
         (Figure("gold at equal KL: DPO − PPO", gap("dpo", "ppo"), Rule(nothing=SAME, enough=SAME)),),
         plot_of(("dpo", "ppo"), "gold"),
-        "PPO on the true reward and SFT on the preferred answers are not run yet.",
+        "PPO on the true reward is a row of its own, below.",
     ),
     Row(
         "overoptimisation-dpo",
@@ -272,19 +267,5 @@ ROWS = (
         (Figure("gold: the smallest beta − the config's own", change_to_furthest("dpo", "gold"),
                 Rule("below", nothing=SAME)),),
         plot_of(("dpo",), "gold"),
-    ),
-    Row(
-        "linear-in-root-kl",
-        PART,
-        "Early in PPO, reward grows linearly in √KL.",
-        "Bai 2022, section 4.3",
-        "The preference model's score is about linear in √KL over most of training.",
-        MEASUREMENT,
-        (
-            Figure(f"share of the score's gains up to {NEAR:g} nats that a line in √KL explains", near_line("score"),
-                   Rule(than=0.9)),
-        ),
-        plot_of(("ppo",), "score"),
-        "Points are kl_coefs at equal episodes, not steps of one run.",
     ),
 )  # fmt: skip

@@ -19,7 +19,7 @@ class Condition:
     policy: str
     """Policy that is sampled: base, sft, ppo or dpo."""
     overrides: tuple[str, ...] = ()
-    """Settings that differ, as `key=value`."""
+    """Settings that differ, as `key=value`; also those of the stage samples."""
     setting: dict[str, Any] = field(default_factory=dict)
     """What its point is labelled with, as {"kl_coef": 0.05}."""
 
@@ -55,7 +55,7 @@ def plan(
         variations = {}
         for name, one in conditions.items():
             sampling = sampling_overrides(first, one.policy, samples)
-            variations[name] = runner.load(f"name={one.experiment}", f"seed={seed}", *one.overrides, *sampling)
+            variations[name] = runner.load(f"name={one.experiment}", f"seed={seed}", *sampling, *one.overrides)
         plans.append(Plan(chain, variations))
     return plans
 
@@ -81,13 +81,14 @@ def on_seed(
     Returns:
         Condition → (its point, the manifest of its policy).
     """
-    main, outcomes = ArtifactStore(folder.parent, planned.chain.name), {}
+    main, outcomes, siblings = ArtifactStore(folder.parent, planned.chain.name), {}, []
     say("the chain")
     runner.update(planned.chain, main, target)
     for name, one in conditions.items():
         store = ArtifactStore(folder, one.experiment)
         say(name)
-        runner.update_variant(planned.variations[name], store, "samples", main)
+        runner.update_variant(planned.variations[name], store, "samples", main, *siblings)
+        siblings.append(store)
         point = policy_point(samples_of(store), one.policy, one.setting, planned.chain.seed)
         outcomes[name] = (point, store.manifest(one.policy))
     return outcomes
