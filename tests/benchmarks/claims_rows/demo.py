@@ -71,10 +71,17 @@ def compared(ours: str, theirs: str) -> tuple[Figure, ...]:
     )
 
 
-def policies_plot(observed: Observed) -> list[Plot]:
-    """Return the gold of each policy."""
-    names = [(label, name, gold(name)) for name, label in POLICIES.items()]
-    return [steps("policies", "Gold of each policy", "gold, tasks not trained on (0 to 1)", names, observed)]
+def pair_plot(ours: str, theirs: str):
+    """Return a function that draws the gold of two policies, on new tasks and on all prompts."""
+
+    def plots(observed: Observed) -> list[Plot]:
+        names: list = []
+        for half, where in (("held_out", "new tasks"), ("gold", "all prompts")):
+            names += [(f"{POLICIES[one]}\n{where}", one, gold(one, half)) for one in (theirs, ours)] + [None]
+        title = f"{POLICIES[theirs]} and {POLICIES[ours]}"
+        return [steps(f"{theirs}-{ours}", title, "gold (0 to 1)", names[:-1], observed)]
+
+    return plots
 
 
 def at_size(size: str, policy: str):
@@ -105,13 +112,13 @@ def least_gain(ours: str, theirs: str):
 def sizes_plot(observed: Observed) -> list[Plot]:
     """Return the gold of base, SFT and PPO-ptx at each size."""
     known = [size for size in LABELS if all(size in found["sizes"] for found in observed.values())]
-    names = [
-        (f"{POLICIES[policy]}\n{LABELS[size]}", policy, at_size(size, policy))
-        for size in known
-        for policy in ("base", "sft", "ppo")
-    ]
+    names: list = []
+    for size in known:
+        names += [(f"{POLICIES[one]}\n{LABELS[size]}", one, at_size(size, one)) for one in ("base", "sft", "ppo")] + [
+            None
+        ]
     title = "Gold of each policy at each number of parameters"
-    return [steps("sizes", title, "gold, tasks not trained on (0 to 1)", names, observed)]
+    return [steps("sizes", title, "gold, tasks not trained on (0 to 1)", names[:-1], observed)]
 
 
 ROWS = (
@@ -123,7 +130,7 @@ ROWS = (
         "Labelers prefer SFT models to GPT-3, also when that is prompted, at each of three sizes.",
         CHAIN,
         compared("sft", "base"),
-        policies_plot,
+        pair_plot("sft", "base"),
         "Base is asked in plain text, the form of its corpus; labelers are the world's gold scorer.",
     ),
     Row(
@@ -134,7 +141,7 @@ ROWS = (
         "Labelers prefer PPO-ptx to SFT at each of three sizes.",
         CHAIN,
         compared("ppo", "sft"),
-        policies_plot,
+        pair_plot("ppo", "sft"),
     ),
     Row(
         "dpo-over-sft",
@@ -144,7 +151,7 @@ ROWS = (
         "On summaries and dialogue, DPO wins against SFT and against the preferred responses of the data set.",
         CHAIN,
         compared("dpo", "sft"),
-        policies_plot,
+        pair_plot("dpo", "sft"),
     ),
     Row(
         "order-at-every-size",

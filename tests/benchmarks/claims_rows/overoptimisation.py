@@ -198,7 +198,7 @@ def residuals_plot(method: str, form: Form) -> Callable[[Observed], list[Plot]]:
 def gao(method: str, form: Form) -> tuple[Figure, ...]:
     """Return the figures that a fitted curve is judged by."""
     return (
-        Figure("β of the curve fitted on each seed", coefficient(method, form, "beta"), Rule()),
+        Figure("coefficient β of the curve, fitted on each seed", coefficient(method, form, "beta"), Rule()),
         Figure("share of the gains that the curve explains", coefficient(method, form, "r_squared"),
                Rule(than=0.9), share=False),
         Figure(

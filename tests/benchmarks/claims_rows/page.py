@@ -81,7 +81,7 @@ def page(meta: str, entries: Sequence[Entry]) -> str:
 def summary(entries: Sequence[Entry]) -> list[str]:
     """Return how often each verdict was given."""
     counts = Counter(entry.finding["verdict"] for entry in entries)
-    said = listed([f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]])
+    said = listed([f"{verdict} {counts[verdict]}" for verdict in VERDICTS if counts[verdict]])
     quick = sum(entry.quick and entry.finding["verdict"] != NOT_RUN for entry in entries)
     sentences = [f"{len(entries)} claims: {said}."]
     if quick:
@@ -169,9 +169,9 @@ def section(entry: Entry) -> str:
     }
     here = f"{capitalised(finding['figures'][0]['name'])}: {ours_text(entry)}."
     listed_facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    said = [f"<p><b>The paper</b> ({escape(row.source)}): {escape(row.paper)}</p>"]
+    said = [f"<p><b>{escape(row.source)}:</b> {escape(row.paper)}</p>"]
     if finding["verdict"] != NOT_RUN:
-        said.append(f"<p><b>Here</b>, over seeds {seeds_text(finding['seeds'])}: {escape(here)}</p>")
+        said.append(f"<p><b>Here, seeds {seeds_text(finding['seeds'])}:</b> {escape(here)}</p>")
     if row.note:
         said.append(f'<p class="note-text">{escape(row.note)}</p>')
     if entry.failed:

@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 
 
 def steps(
-    name: str, title: str, unit: str, names: Sequence[tuple[str, str, Read]], observed: Observed, *,
+    name: str, title: str, unit: str, names: Sequence[tuple[str, str, Read] | None], observed: Observed, *,
     caption: str = "", level: tuple[float, str] | None = None, x_label: str = "",
 ) -> Plot:  # fmt: skip
     """Return a plot with a position for each of several conditions.
@@ -26,7 +26,7 @@ def steps(
         name: Name of the plot.
         title: Its heading.
         unit: What the y axis shows.
-        names: (name, tone, how it is read) of each condition.
+        names: (name, tone, how it is read) of each condition; None: a gap.
         observed: What was found on each seed.
         caption: What else must be said.
         level: Height and text of a dashed line.
@@ -34,8 +34,8 @@ def steps(
     """
     marks: list[Mark] = [Level(*level)] if level else []
     for found in observed.values():
-        marks.append(Line([(i, read(found)) for i, (_, _, read) in enumerate(names)], "soft", faint=True))
-    for i, (label, tone, read) in enumerate(names):
+        marks.append(Line([(i, one and one[2](found)) for i, one in enumerate(names)], "soft", faint=True))
+    for i, (label, tone, read) in [(i, one) for i, one in enumerate(names) if one is not None]:
         values = [value for found in observed.values() if (value := read(found)) is not None]
         if values:
             mean = over_seeds(values)
@@ -45,7 +45,7 @@ def steps(
     seeds = Key(f"one seed each ({len(observed)})", "soft", "faint")
     bars = ", bars: 95\u00a0% intervals over seeds" if len(observed) >= FEWEST else " over seeds"
     text = f"{caption} Dots: means{bars}.".strip()
-    drawing = Curves(marks, x_label, unit, x_names=[label for label, _, _ in names])
+    drawing = Curves(marks, x_label, unit, x_names=[one[0] if one else "" for one in names])
     return Plot(name, title, text, drawing, (seeds,), size="large")
 
 

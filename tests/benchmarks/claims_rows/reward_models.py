@@ -69,7 +69,7 @@ def pairs_of_rankings(rows: list[dict], seed: int) -> list[dict]:
         | {
             "id": f"{row['id']}-{i}-{j}",
             "responses": [row["responses"][i], row["responses"][j]],
-            "ranks": [row["ranks"][i], row["ranks"][j]],
+            "ranks": [1, 2] if row["ranks"][i] < row["ranks"][j] else [2, 1],
             "finished": [row["finished"][i], row["finished"][j]],
         }
         for row in rows
@@ -125,10 +125,11 @@ def epochs_plot(observed: Observed) -> list[Plot]:
     drawn = []
     for figure, unit in (("log_loss", "held-out loss, nats a pair"), ("accuracy", "accuracy on held-out pairs")):
         names = [
-            (f"{epochs}\n{label}", tone, after(arm, epochs, figure))
+            (f"{epochs}\n{label}" if i == 0 else epochs, tone, after(arm, epochs, figure))
             for arm, label, tone in (("whole", "rankings", "rm"), ("pairs", "pairs", "dpo"))
-            for epochs in first["arms"]["whole"]
+            for i, epochs in enumerate(first["arms"]["whole"])
         ]
+        names.insert(len(names) // 2, None)
         title = unit.partition(",")[0]
         drawn.append(steps(f"epochs-{figure}", f"{title} over epochs", unit, names, observed, x_label="epochs"))
     return drawn

@@ -53,7 +53,8 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
       where the whole interval lies outside.
     - exactly: a matter of no chance. It holds where the mean is `than`, and otherwise does not.
 
-    Everything else cannot be told.
+    Everything else cannot be told; so is an interval without width, which says nothing of other
+    seeds.
 
     Args:
         value: The mean over seeds; None: the figure is not defined on some seed.
@@ -62,7 +63,7 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
     """
     if value is not None and rule.direction == "exactly":
         return HOLDS if value == rule.than else FAILS
-    if value is None or ci95 is None:
+    if value is None or ci95 is None or ci95[0] == ci95[1]:
         return UNTOLD
     mean, low, high = (number - rule.than for number in (value, *ci95))
     if rule.direction == "below":
