@@ -33,6 +33,8 @@ class TestVerdicts:
             (0.05, (-0.01, 0.11), Rule(nothing=0.03), UNTOLD),
             (0.00, (-0.02, 0.02), Rule(nothing=0.03), FAILS),  # at most a difference that counts as none
             (-0.2, (-0.3, -0.1), Rule(nothing=0.03), FAILS),
+            (0.01, (0.005, 0.015), Rule(nothing=0.03), FAILS),  # surely there, and too little to count
+            (0.02, (0.005, 0.035), Rule(nothing=0.03), WEAKER),
             (-0.2, (-0.3, -0.1), Rule("below", nothing=0.03), HOLDS),
             (0.2, (0.1, 0.3), Rule("below", nothing=0.03), FAILS),
             (-0.01, (-0.02, 0.0), Rule(than=-0.03), HOLDS),  # not lower by more than 0.03
@@ -63,7 +65,7 @@ class TestVerdicts:
     def test_no_effect_is_called_one_at_most_as_often_as_the_interval_says(self):
         """Of true differences of 0, at most 2.5 % hold, by simulation of five seeds."""
         rng = np.random.default_rng(1)
-        rule, drawn = Rule(nothing=0.5), rng.normal(size=(4000, 5))
+        rule, drawn = Rule(), rng.normal(size=(4000, 5))
         figure = Figure("x", reader("x"), rule)
         row = Row("r", "p", "c", "s", "w", MEASUREMENT, (figure,), lambda observed: [])
         found = [finding_of(row, {seed: {"x": x} for seed, x in enumerate(values)})["verdict"] for values in drawn]

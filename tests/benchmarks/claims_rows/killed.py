@@ -29,7 +29,8 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     chain = finished_chain(place, seed, "rm")
     total = settings["updates"]
     draw = random.Random(seed)
-    whole, killed = (ArtifactStore(place.artifacts, f"{chain.base.name}-{name}") for name in ("unkilled", "killed"))
+    folder, name = Path(place.artifacts) / f"{chain.base.name}.killed", chain.base.name
+    whole, killed = (ArtifactStore(folder / side, name) for side in ("whole", "killed"))  # model cards name it
     for store in (whole, killed):
         for stage in NEEDED:
             if store.manifest(stage) is None:
@@ -53,7 +54,16 @@ def until_done(place: Place, store: ArtifactStore, words: list[str], targets: li
         targets: Rows of the journal at which it is killed, one kill each.
     """
     command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["run", "ppo", "-c", place.config, "--artifacts", place.artifacts, f"name={store.base.name}", *words]
+    command += [
+        "run",
+        "ppo",
+        "-c",
+        place.config,
+        "--artifacts",
+        str(store.base.parent),
+        f"name={store.base.name}",
+        *words,
+    ]
     journal, kills, waiting = store.folder("ppo") / "metrics.jsonl", 0, list(targets)
     began = time.monotonic()
     while True:

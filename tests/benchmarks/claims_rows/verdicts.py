@@ -46,9 +46,9 @@ class Rule:
 def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) -> str:
     """Return what a mean and its interval say by a rule.
 
-    - above (below is its mirror image): it holds where the whole interval lies above `than` and the
-      mean is at least `enough` away; weaker where only the first is so. It does not hold where the
-      interval does not reach beyond `than` + `nothing`.
+    - above (below is its mirror image): it does not hold where the interval does not reach beyond
+      `than` + `nothing`. Otherwise, where the whole interval lies above `than`, it holds if the
+      mean is at least `enough` and `nothing` away, and is weaker if not.
     - equal: it holds where the whole interval lies within `nothing` of `than`, and does not hold
       where the whole interval lies outside.
     - exactly: a matter of no chance. It holds where the mean is `than`, and otherwise does not.
@@ -72,9 +72,11 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
         if low >= -rule.nothing and high <= rule.nothing:
             return HOLDS
         return FAILS if low > rule.nothing or high < -rule.nothing else UNTOLD
-    if low > 0:
-        return HOLDS if mean >= rule.enough else WEAKER
-    return FAILS if high <= rule.nothing else UNTOLD
+    if high <= rule.nothing:
+        return FAILS
+    if low <= 0:
+        return UNTOLD
+    return HOLDS if mean >= max(rule.enough, rule.nothing) else WEAKER
 
 
 def combined(main: str, others: Sequence[str] = ()) -> str:
@@ -94,7 +96,8 @@ def combined(main: str, others: Sequence[str] = ()) -> str:
 
 def in_words(rule: Rule, digits: int = 2) -> str:
     """Return a rule as a sentence."""
-    than, nothing, enough = (fixed(number, digits) for number in (rule.than, rule.nothing, rule.enough))
+    least = max(rule.enough, rule.nothing)
+    than, nothing, enough = (fixed(number, digits) for number in (rule.than, rule.nothing, least))
     if rule.direction == "equal":
         return f"Holds if the interval lies within ±{nothing} of {than}, does not hold if it lies wholly outside."
     if rule.direction == "exactly":
@@ -102,7 +105,7 @@ def in_words(rule: Rule, digits: int = 2) -> str:
     side = rule.direction
     limit = fixed(rule.than + (rule.nothing if side == "above" else -rule.nothing), digits)
     other = "below" if side == "above" else "above"
-    weaker = f" and the mean is at least {enough} away, weaker if it is nearer" if rule.enough else ""
+    weaker = f" and the mean is at least {enough} away, weaker if it is nearer" if least else ""
     return f"Holds if the interval lies {side} {than}{weaker}; does not hold if it lies {other} {limit}."
 
 
