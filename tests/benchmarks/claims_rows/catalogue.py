@@ -64,7 +64,7 @@ SIZES = {
         "tests/resume/micro.yaml",
         (3, 4),
         (
-            "ppo.kl_target=null", "sft.ppo_init=null", "rm.ensemble=1", "rm.label_smoothing=0",
+            "ppo.kl_target=null", "ppo.keep=last", "sft.ppo_init=null", "rm.ensemble=1", "rm.label_smoothing=0",
             "rankings.num_prompts=null", "world.prompts=80",
             "ppo.reward_ensemble=mean", "evaluate.reward_ensemble=mean",
             "evaluate.samples_per_prompt=2", "evaluate.greedy_prompts=0", "ppo.publish_ema=false",

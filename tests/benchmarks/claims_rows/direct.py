@@ -38,7 +38,11 @@ def run(place: Place, seed: int, settings: dict) -> dict:
         wanted.append(Wanted("steps", count, "dpo", (f"dpo.max_steps={count}", f"dpo.eval_steps={count}")))
     wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
     reward = f"ppo.rewards=[{{python: '{true_reward(place, seed)}:score'}}]"
-    wanted += [Wanted("ppo_gold", value, "ppo", (reward, f"ppo.kl_coef={value!r}")) for value in settings["kl_coefs"]]
+    # The paper's PPO has no pretraining gradient.
+    wanted += [
+        Wanted("ppo_gold", value, "ppo", (reward, "ppo.ptx_coef=0.0", f"ppo.kl_coef={value!r}"))
+        for value in settings["kl_coefs"]
+    ]
     points = points_of(place, seed, "direct", wanted, settings["samples"], "dpo")
     return {"points": points, "own_steps": settings["steps"][settings["own"]]}
 

@@ -10,10 +10,11 @@ from claims_rows.verdicts import Rule
 
 def run(place: Place, seed: int, settings: dict) -> dict:
     """Train PPO without a penalty for several numbers of episodes, and with several penalties."""
+    plain = "ppo.ptx_coef=0.0"  # as in the papers
     wanted = [Wanted("best_of_n", 1, "sft")]
     for episodes in settings["episodes"]:
-        wanted.append(Wanted("early", episodes, "ppo", ("ppo.kl_coef=0.0", f"ppo.total_episodes={episodes}")))
-    wanted += [Wanted("ppo", value, "ppo", (f"ppo.kl_coef={value!r}",)) for value in settings["kl_coefs"]]
+        wanted.append(Wanted("early", episodes, "ppo", (plain, "ppo.kl_coef=0.0", f"ppo.total_episodes={episodes}")))
+    wanted += [Wanted("ppo", value, "ppo", (plain, f"ppo.kl_coef={value!r}")) for value in settings["kl_coefs"]]
     return {"points": points_of(place, seed, "early", wanted, settings["samples"], "ppo")}
 
 
@@ -27,7 +28,10 @@ MEASUREMENT = Measurement(
         "micro": {"episodes": [16, 32, 64, 96], "kl_coefs": [0.02, 0.5], "samples": 2},
     },
 )
-NOTE = "The learning rate is constant after its warm-up, so that a shorter run is the beginning of a longer one."
+NOTE = (
+    "The learning rate is constant after its warm-up, so that a shorter run is the beginning of a longer one. "
+    "There is no pretraining gradient, as in the papers."
+)
 
 ROWS = (
     Row(

@@ -57,6 +57,7 @@ def kept_of(folder: Path, measurement: Measurement, place: Place, seed: int, set
     """
     what = {
         "measurement": measurement.key,
+        "version": measurement.version,
         "seed": seed,
         "settings": settings,
         "config": read_tree(place.config, []).values,

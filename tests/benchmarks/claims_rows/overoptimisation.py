@@ -222,7 +222,8 @@ ROWS = (
             Figure("score: kl_coef 0 − the config's own", change_to_furthest("ppo", "score"), Rule()),
         ),
         both(plot_of(("ppo",), "gold"), plot_of(("ppo",), "score")),
-        "From the config's own kl_coef, chosen on seeds 0 to 2, to none, at an equal number of episodes.",
+        "From the config's own kl_coef, chosen on seeds 0 to 2, to none, at an equal number of episodes, with the "
+        "pretraining gradient.",
     ),
     Row(
         "gao-best-of-n",
@@ -255,7 +256,7 @@ ROWS = (
         MEASUREMENT,
         (Figure("gold at equal KL: DPO − PPO", gap("dpo", "ppo"), Rule(nothing=SAME, enough=SAME)),),
         plot_of(("dpo", "ppo"), "gold"),
-        "PPO on the true reward is a row of its own, below.",
+        "PPO has the pretraining gradient here. PPO on the true reward is a row of its own, below.",
     ),
     Row(
         "overoptimisation-dpo",

@@ -71,6 +71,8 @@ class Measurement:
     """Size of `make claims` → the measurement's own settings, as JSON values."""
     config: str | None = None
     """A config of its own (from the checkout's root), in every size; None: that of the size."""
+    version: int = 1
+    """Raised where a change of the code changes what is found, so that kept results are not used."""
 
 
 @dataclass(frozen=True)
