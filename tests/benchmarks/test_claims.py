@@ -219,7 +219,12 @@ class TestReadings:
         settings = {"plain1": {"kl_coef": 0.1}, "plain9": {"kl_coef": 0.9}, "ptx": {"kl_coef": 0.1}, "sft": {}}
         return {
             "conditions": {
-                names[key]: {"perplexity": value, "held_out": 0.5, "setting": {"ptx_coef": 1.0, **settings[key]}}
+                names[key]: {
+                    "perplexity": value,
+                    "held_out": 0.5,
+                    "facts": 0.6,
+                    "setting": {"ptx_coef": 1.0, **settings[key]},
+                }
                 for key, value in perplexities.items()
             }
         }

@@ -72,7 +72,7 @@ class Measurement:
     config: str | None = None
     """A config of its own (from the checkout's root), in every size; None: that of the size."""
     version: int = 1
-    """Raised where a change of the code changes what is found, so that kept results are not used."""
+    """Raised where a change of the code changes what is found: kept results are then not used."""
 
 
 @dataclass(frozen=True)
