@@ -26,12 +26,12 @@ STYLE = """
 .v-does-not-hold { color: var(--dpo); --mark: "✕"; } .v-cannot-be-told { color: var(--soft); --mark: "?"; }
 .v-not-run { color: var(--soft); --mark: "–"; }
 td.left a { color: inherit; text-decoration-color: var(--line); }
-td.left.narrow { min-width: 0; }
+td.left.narrow { min-width: 0; white-space: nowrap; }
 th.left { text-align: left; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; } section h3 { font-size: 1.15rem; }
 section dl.facts { margin: 1rem 0; } .ours td.left { min-width: 14rem; }
 h2 + section { border-top: 0; margin-top: 0; }
-@media print { section { margin-top: 14pt; } }
+@media print { section { margin-top: 14pt; } .ours td:not(.left) { white-space: nowrap; } }
 """
 
 

@@ -76,7 +76,7 @@ ROWS = (
     Row(
         "ties-in-rankings",
         PART,
-        "So does it where six answers are ranked.",
+        "Counting ties helps where whole rankings of six answers are given, too.",
         "Davidson 1970; Chen 2024 (extending DPO to accommodate ties)",
         "The same model for whole rankings; the papers do not measure it on reward models.",
         MEASUREMENT,
