@@ -7,35 +7,29 @@ from pathlib import Path
 from claims_rows.row import Place
 from pipeline.store.artifacts import ArtifactStore
 
-SHARED = ("world", "base", "sft")
-"""Stages that all measurements of a seed have."""
-
 
 def finished_chain(place: Place, seed: int, target: str, *others: ArtifactStore) -> ArtifactStore:
-    """Bring the chain of a seed up to date, and publish its first stages in other experiments.
+    """Bring the chain of a seed up to date, and publish its stages in other experiments.
 
-    Where the other experiment changes what these stages read, the pipeline finds them stale, and
-    makes them again.
+    Those of the same settings and seed are shared; the others make their own.
 
     Args:
         place: Where the chain runs.
         seed: The seed.
-        target: The stage up to which it is brought.
+        target: The stage up to which it is brought, and up to which stages are shared.
         *others: Artifacts of the other experiments.
 
     Returns:
         The chain's artifacts.
     """
-    from sweeps.runner import ExperimentRunner, link
+    from sweeps.runner import ExperimentRunner, share
 
     runner = ExperimentRunner(place.config, [], place.stop)
     chain = runner.load(f"name={place.name}-seed{seed}", f"seed={seed}")
     store = ArtifactStore(place.artifacts, chain.name)
     runner.update(chain, store, target)
     for other in others:
-        for stage in SHARED:
-            if other.manifest(stage) is None:
-                link(stage, store, other)
+        share(target, runner.load(f"name={other.base.name}", f"seed={seed}"), other, runner.stages, store)
     return store
 
 
@@ -55,7 +49,7 @@ def reward_model_of(
     Returns:
         The new experiment's artifacts.
     """
-    from sweeps.runner import ExperimentRunner, link
+    from sweeps.runner import ExperimentRunner
     from ties import WORLD
 
     file = Path(place.artifacts) / f"{name}.jsonl"
@@ -63,12 +57,9 @@ def reward_model_of(
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         file.write_text(text, encoding="utf-8")
     store = ArtifactStore(place.artifacts, name)
-    for stage in SHARED:
-        if store.manifest(stage) is None:
-            link(stage, chain, store)
     runner = ExperimentRunner(place.config, [], place.stop)
     options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false", *WORLD, *settings]
-    runner.update(runner.load(f"name={name}", f"seed={seed}", *options), store, "rm")
+    runner.update_variant(runner.load(f"name={name}", f"seed={seed}", *options), store, "rm", chain)
     return store
 
 

@@ -1,6 +1,7 @@
 """Row of resuming: a PPO run that is killed many times publishes the bytes of one that was not."""
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
 
 ROOT = Path(__file__).resolve().parents[3]
-NEEDED = ("world", "base", "sft", "rankings", "rm")
 
 
 def run(place: Place, seed: int, settings: dict) -> dict:
@@ -24,17 +24,14 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     A run is killed (SIGKILL) when its journal has a drawn number of rows, so that each kill lands
     in training. Starts of the process count as cost.
     """
-    from sweeps.runner import link
-
     chain = finished_chain(place, seed, "rm")
     total = settings["updates"]
     draw = random.Random(seed)
     folder, name = Path(place.artifacts) / f"{chain.base.name}.killed", chain.base.name
     whole, killed = (ArtifactStore(folder / side, name) for side in ("whole", "killed"))  # model cards name it
-    for store in (whole, killed):
-        for stage in NEEDED:
-            if store.manifest(stage) is None:
-                link(stage, chain, store)
+    for store in (whole, killed):  # what an interrupted measurement left is not of this one's kills
+        shutil.rmtree(store.folder("ppo"), ignore_errors=True)
+    finished_chain(place, seed, "rm", whole, killed)
     words = [f"ppo.total_episodes={total * settings['batch']}", f"ppo.batch_size={settings['batch']}"]
     words += [f"checkpoints.every={settings['every']}", f"seed={seed}"]
     seconds, _ = until_done(place, whole, words, [])
