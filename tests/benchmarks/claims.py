@@ -7,17 +7,22 @@ Each row names a claim with its source, what is measured for it, and the rule by
 over seeds becomes a verdict: holds, weaker, does not hold, or cannot be told. Rows are declared in
 claims_rows/; most of them call another benchmark of this folder for one seed after another.
 
-A measurement that is finished on a seed is kept (claims/measured/), with a digest of its settings,
-and is not run again; one that was interrupted goes on with what its stages have finished. Writes
-claims/index.html and claims/claims.json, those of --quick in claims/quick/. `--keep` also writes
-results/claims.json, after a whole run only. Settings were chosen on seeds 0 to 2, so others are
-reported. --size micro runs everything with a model of a few thousand parameters, in minutes, to
-show that it runs.
+Seeds are shared by as many processes as there are cores (--workers), each with one thread; what
+they print is in claims/logs/. A measurement that is finished on a seed is kept (claims/measured/),
+with a digest of its settings, and is not run again; one that was interrupted goes on with what its
+stages have finished. Writes claims/index.html and claims/claims.json, those of --quick in
+claims/quick/. `--keep` also writes results/claims.json, after a whole run only. Settings were
+chosen on seeds 0 to 2, so others are reported. --size micro runs everything with a model of a few
+thousand parameters, in minutes, to show that it runs.
 """
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,6 +55,10 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="whole", help="how large everything is")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick: two seeds, smaller sizes")
     parser.add_argument("--out", default="claims", type=Path, metavar="DIR", help="folder of the page")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that share the seeds"
+    )
+    parser.add_argument("--measure-only", action="store_true", help="write no page")
     parser.add_argument("--keep", action="store_true", help="also write results/claims.json, after a whole run")
     args = parse_arguments(parser, argv)
     args.size = "quick" if args.quick else args.size
@@ -82,35 +91,82 @@ def run(argv: list[str], stop: StopFlag) -> None:
     if args.list:
         print(markdown(["row", "claim", "source"], [[row.key, row.claim, row.source] for row in args.rows]))
         return
-    failed: dict[str, str] = {}
+    entries: list[Entry] = []
     try:
-        for measurement in measurements(args.rows):
-            try:
-                measure_all(args, stop, measurement)
-            except (UserError, TrainingStopped) as error:  # the other rows go on
-                failed[measurement.key] = " ".join(str(error).split("\n"))
-                print(f"claims: {measurement.key} could not be measured: {failed[measurement.key]}", file=sys.stderr)
+        if args.workers > 1 and len(args.seeds) > 1:
+            measure_in_processes(args, argv, stop)
+        else:
+            measure_here(args, stop)
     finally:
-        entries = [entry_of(args, row, failed.get(row.measurement.key, "")) for row in args.rows]
-        write(args, entries)
-    if failed:
-        raise UserError([f"{key}: {message}" for key, message in failed.items()])
+        if not args.measure_only:
+            entries = [entry_of(args, row) for row in args.rows]
+            write(args, entries)
+    if failed := {entry.row.measurement.key: entry.failed for entry in entries if entry.failed}:
+        raise UserError([f"{key}, {message}" for key, message in failed.items()])
 
 
-def measure_all(args: Namespace, stop: StopFlag, measurement: Measurement) -> None:
+def measure_here(args: Namespace, stop: StopFlag) -> None:
     """Measure on every seed what is not finished.
+
+    What fails is kept as failed, and the rest goes on.
 
     Raises:
         Interrupted: A signal came; the next run goes on from there.
     """
-    place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
-    for seed in args.seeds:
-        kept = kept_of(args.folder / "measured", measurement, place, seed, settings)
-        if kept.finished() is None:
+    for measurement in measurements(args.rows):
+        for seed, kept in files_of(args, stop, measurement).items():
+            if kept.finished() is not None:
+                continue
+            place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
             print(f"claims: {measurement.key} ({measurement.what}), seed {seed}", file=sys.stderr, flush=True)
-            measure(kept, lambda seed=seed: measurement.run(place, seed, settings))
+            try:
+                measure(kept, lambda m=measurement, p=place, s=seed, own=settings: m.run(p, s, own))
+            except (UserError, TrainingStopped) as error:
+                print(f"claims: {measurement.key}, seed {seed}: not measured: {error}", file=sys.stderr, flush=True)
             if stop.requested:
                 raise Interrupted()
+
+
+def measure_in_processes(args: Namespace, argv: list[str], stop: StopFlag) -> None:
+    """Measure the seeds in several processes of this program, each with a share of them.
+
+    Args:
+        args: The command line.
+        argv: Its words.
+        stop: Set by a signal.
+
+    Raises:
+        Interrupted: A signal came; it is passed on, and the next run goes on from there.
+        UserError: A process ended by what is not the fault of a row.
+    """
+    folder, environment = args.folder / "logs", os.environ | {"OMP_NUM_THREADS": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
+    processes: dict[Path, subprocess.Popen] = {}
+    for i in range(min(args.workers, len(args.seeds))):
+        seeds = [str(seed) for seed in args.seeds[i :: args.workers]]
+        log = folder / f"seeds-{'-'.join(seeds)}.log"
+        words = [word for word in argv if word != "--keep"]
+        command = [sys.executable, __file__, *words, "--workers", "1", "--measure-only", "--seeds", *seeds]
+        print(f"claims: seeds {' '.join(seeds)}: {relative(log)}", file=sys.stderr, flush=True)
+        with log.open("a", encoding="utf-8") as file:
+            # A session of its own: a signal of the terminal comes once, from here, to all that it has started.
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
+            processes[log] = subprocess.Popen(command, **options)
+    told = False
+    while any(process.poll() is None for process in processes.values()):
+        if stop.requested and not told:
+            told = True
+            for process in processes.values():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.2)
+    if stop.requested:
+        raise Interrupted()
+    wrong = [
+        f"{relative(log)}: ended with exit code {one.returncode}" for log, one in processes.items() if one.returncode
+    ]
+    if wrong:
+        raise UserError(wrong)
 
 
 def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place:
@@ -123,20 +179,18 @@ def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place
     return derived(own, f"{size.name}-{measurement.key}", args.overrides)
 
 
-def records_of(args: Namespace, row: Row) -> dict[int, dict]:
-    """Return the finished records of a row's measurement, seed by seed."""
-    place = place_of(args, StopFlag(), row.measurement)
-    settings = row.measurement.settings[args.size]
-    files: dict[int, Kept] = {
-        seed: kept_of(args.folder / "measured", row.measurement, place, seed, settings) for seed in args.seeds
-    }
-    found = {seed: kept.finished() for seed, kept in files.items()}
-    return {seed: record for seed, record in found.items() if record is not None}
+def files_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> dict[int, Kept]:
+    """Return the file of a measurement on each seed."""
+    place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
+    return {seed: kept_of(args.folder / "measured", measurement, place, seed, settings) for seed in args.seeds}
 
 
-def entry_of(args: Namespace, row: Row, failed: str) -> Entry:
+def entry_of(args: Namespace, row: Row) -> Entry:
     """Return a row with what was found for it."""
-    records = records_of(args, row)
+    files = files_of(args, StopFlag(), row.measurement)
+    kept = {seed: record for seed, file in files.items() if (record := file.read()) is not None}
+    records = {seed: record for seed, record in kept.items() if record["found"] is not None}
+    failed = [f"seed {seed}: {record['failed']}" for seed, record in kept.items() if record["failed"]]
     observed = {seed: record["found"] for seed, record in records.items()}
     return Entry(
         row=row,
@@ -147,7 +201,7 @@ def entry_of(args: Namespace, row: Row, failed: str) -> Entry:
         minutes=sum(record["seconds"] for record in records.values()) / 60 if records else None,
         commit=", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records.values())),
         date=max((record["date"] for record in records.values()), default=""),
-        failed=failed,
+        failed="; ".join(failed),
     )
 
 
@@ -157,6 +211,8 @@ def command_of(args: Namespace, row: Row) -> str:
         words = ["python", "tests/benchmarks/claims.py", "--size", "micro", "--only", row.key]
     else:
         words = ["make", "claims", f"ONLY={row.key}", *(["QUICK=1"] if args.size == "quick" else [])]
+    if args.config:
+        words += ["-c", args.config] if args.size == "micro" else [f"CONFIG={args.config}"]
     return shlex.join([*words, *args.overrides])
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,7 +314,7 @@ def command(tmp_path):
 
     def run(*words: str) -> tuple[int, list[dict]]:
         places = ["--artifacts", str(tmp_path / "artifacts"), "--out", str(tmp_path / "claims")]
-        code = run_command(claims.run, [*places, "--results", str(tmp_path / "results"), *words])
+        code = run_command(claims.run, [*places, "--results", str(tmp_path / "results"), "--workers", "1", *words])
         quick = "quick" if "--quick" in words else ""
         file = tmp_path / "claims" / quick / "claims.json"
         return code, json.loads(file.read_text("utf-8")) if file.is_file() else []
@@ -356,8 +357,8 @@ class TestCommand:
         monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
         count.fails_at = 3
         code, rows = command()
-        assert code == 2 and [row["verdict"] for row in rows] == [NOT_RUN, NOT_RUN, HOLDS]
-        assert "error: fake: rm: no rankings; add some" in capsys.readouterr().err
+        assert code == 2 and [row["seeds"] for row in rows] == [[4, 5, 6, 7], [4, 5, 6, 7], [3, 4, 5, 6, 7]]
+        assert "error: fake, seed 3: rm: no rankings; add some" in capsys.readouterr().err
         assert "Could not be measured" in (tmp_path / "claims" / "index.html").read_text("utf-8")
 
     def test_quick_verdicts_are_marked_and_lie_apart(self, count, command, tmp_path):
@@ -366,6 +367,25 @@ class TestCommand:
         assert rows[0]["command"] == "make claims ONLY=first QUICK=1"
         assert "<small>quick</small>" in (tmp_path / "claims/quick/index.html").read_text("utf-8")
         assert not (tmp_path / "claims/index.html").exists()
+
+    def test_processes_share_the_seeds(self, count, command, monkeypatch, tmp_path):
+        """Each has its seeds, one worker, no page of its own; a failing one is named."""
+        started, codes = [], [0, 3]
+
+        def start(words: list[str], **options: object) -> SimpleNamespace:
+            started.append(words[2:])
+            code = codes[len(started) - 1]
+            return SimpleNamespace(poll=lambda: code, returncode=code)
+
+        monkeypatch.setattr("subprocess.Popen", start)
+        code, rows = command("--workers", "2", "--keep")
+        assert code == 2 and len(started) == 2 and not count.runs and rows[0]["verdict"] == NOT_RUN
+        for words, seeds in zip(started, (["3", "5", "7"], ["4", "6"]), strict=True):
+            args = claims.parse(words)
+            assert list(map(str, args.seeds)) == seeds and args.workers == 1 and args.measure_only and not args.keep
+        codes[1] = 0
+        started.clear()
+        assert command("--workers", "2")[0] == 0
 
     def test_keep_publishes_a_whole_run_only(self, count, command, tmp_path, capsys):
         for words in (["--quick"], ["--only", "first"], ["--seeds", "3", "4"], ["ppo.kl_coef=1"]):

@@ -45,7 +45,7 @@ SIZES = {
         "claims",
         "configs/tiny.yaml",
         (3, 4, 5, 6, 7),  # settings were chosen on seeds 0 to 2
-        ("evaluate.samples_per_prompt=4", "evaluate.greedy_prompts=0"),
+        ("evaluate.samples_per_prompt=4", "evaluate.greedy_prompts=0", "rankings.judge_fraction=0", "launch.threads=1"),
     ),
     "quick": Size(
         "claims-quick",
@@ -57,6 +57,7 @@ SIZES = {
             "world.evaluation_prompts=120", "base.max_steps=500", "base.eval_steps=500", "sft.num_train_epochs=2",
             "rankings.judge_fraction=0", "ppo.total_episodes=1280", "dpo.max_steps=40", "dpo.eval_steps=40",
             "evaluate.samples_per_prompt=4", "evaluate.greedy_prompts=0", "evaluate.perplexity_rows=128",
+            "launch.threads=1",
         ),
     ),
     "micro": Size(

@@ -12,8 +12,12 @@ from typing import Any
 
 from claims_rows.row import Measurement, Place, as_json
 from pipeline.config.yaml_tree import read_tree
+from pipeline.errors import TrainingStopped, UserError
 from pipeline.record import git_state
 from pipeline.store import integrity
+
+OUTSIDE = ("launch", "tracking", "checkpoints")
+"""Sections of a config that change no result."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,13 @@ def kept_of(folder: Path, measurement: Measurement, place: Place, seed: int, set
         seed: The seed.
         settings: The measurement's own settings.
     """
+    values = {key: value for key, value in read_tree(place.config, []).values.items() if key not in OUTSIDE}
     what = {
         "measurement": measurement.key,
         "version": measurement.version,
         "seed": seed,
         "settings": settings,
-        "config": read_tree(place.config, []).values,
+        "config": values,
     }
     return Kept(folder / f"{measurement.key}-seed{seed}.json", integrity.sha256_json(as_json(what)))
 
@@ -73,8 +78,12 @@ def measure(kept: Kept, run: Callable[[], dict]) -> dict[str, Any]:
         run: Measures; what is finished in the artifacts is not run again.
 
     Returns:
-        {"digest", "found", "seconds", "commit", "date"}. The seconds are those of all attempts with
-        these settings; an attempt that was killed without a word does not count.
+        {"digest", "found", "failed", "seconds", "commit", "date"}. The seconds are those of all
+        attempts with these settings; an attempt that was killed without a word does not count.
+
+    Raises:
+        UserError: It cannot be measured; "failed" of the record in the file says why.
+        TrainingStopped: The same, by a training that stopped itself.
     """
     record = kept.finished()
     if record is not None:
@@ -89,9 +98,12 @@ def _timed(kept: Kept) -> Iterator[dict[str, Any]]:
     """Yield a new record; write it at the end, also of an attempt that fails."""
     earlier, began, git = kept.read(), time.monotonic(), git_state()
     commit = git and git["commit"][:7] + (" + changes" if git["dirty"] else "")
-    record = {"digest": kept.digest, "found": None, "commit": commit, "date": date.today().isoformat()}
+    record = {"digest": kept.digest, "found": None, "failed": "", "commit": commit, "date": date.today().isoformat()}
     try:
         yield record
+    except (UserError, TrainingStopped) as error:
+        record["failed"] = " ".join(str(error).split("\n"))
+        raise
     finally:
         record["seconds"] = round((earlier["seconds"] if earlier else 0) + time.monotonic() - began, 1)
         kept.write(record)

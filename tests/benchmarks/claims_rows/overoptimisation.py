@@ -62,7 +62,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {
-            "kl_coefs": [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+            "kl_coefs": [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
             "betas": [0.05, 0.1, 0.2, 0.5, 1.0],
             "best_of": 64,
             "samples": 8,

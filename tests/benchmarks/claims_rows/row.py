@@ -1,6 +1,7 @@
 """Describe a row as plain values, and compute its finding from what was measured on each seed."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,13 +30,13 @@ class Place:
     artifacts: str
     """Folder of finished stages."""
     lines: Path
-    """Folder of the benchmarks' JSON lines."""
+    """Folder of the benchmarks' JSON lines; each seed has its own, as several may run at a time."""
     stop: StopFlag
     """Set by a signal."""
 
     def words(self, seed: int) -> list[str]:
         """Return the command line that all benchmarks have, for one seed."""
-        where = ["-c", self.config, "--artifacts", self.artifacts, "--results", str(self.lines)]
+        where = ["-c", self.config, "--artifacts", self.artifacts, "--results", str(self.lines / f"seed{seed}")]
         return [*where, "--seeds", str(seed)]
 
 
@@ -53,7 +54,9 @@ def derived(place: Place, name: str, overrides: Sequence[str]) -> Place:
     values = {**read_tree(place.config, list(overrides)).values, "name": name}
     path = Path(place.artifacts) / "configs" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # another process may be reading the file
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
     return replace(place, name=name, config=str(path))
 
 

@@ -1,6 +1,10 @@
 """Rows of whole rankings: K against prompts at equal labels and compute; DPO against PPO."""
 
+import fcntl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from sweeps.estimates import SAME
 
@@ -22,12 +26,22 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     runner = ExperimentRunner(args.config, args.overrides, place.stop)
     bench = rankings.Benchmark(runner, args, runner.main_experiment(), time.monotonic())
     rankings.check_comparable(args, bench.first)
-    _, passes = bench.choose_passes()
+    with one_at_a_time(Path(place.artifacts) / ".claims-passes.lock"):  # all seeds tune on the same one
+        _, passes = bench.choose_passes()
     variants = {}
     for outcome in bench.measure(seed, passes):
         variants[outcome.name] = {key: series.mean() for key, series in outcome.figures.items()}
         variants[outcome.name] |= {"trained_on": outcome.trained_on}
     return {"variants": variants}
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes wait for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 MEASUREMENT = Measurement(
