@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ from claims_rows.verdicts import FEWEST_SEEDS, NOT_RUN
 from sweeps.runner import make_parser, parse_arguments, relative, run_command
 from sweeps.text import markdown
 
-from pipeline.errors import Interrupted, TrainingStopped, UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StopFlag
 
 HERE = Path(__file__).resolve().parent
@@ -121,8 +122,11 @@ def measure_here(args: Namespace, stop: StopFlag) -> None:
             print(f"claims: {measurement.key} ({measurement.what}), seed {seed}", file=sys.stderr, flush=True)
             try:
                 measure(kept, lambda m=measurement, p=place, s=seed, own=settings: m.run(p, s, own))
-            except (UserError, TrainingStopped) as error:
-                print(f"claims: {measurement.key}, seed {seed}: not measured: {error}", file=sys.stderr, flush=True)
+            except Interrupted:
+                raise
+            except Exception:  # one row must not cost a night; the page and the exit code tell
+                print(f"claims: {measurement.key}, seed {seed}: not measured:", file=sys.stderr)
+                traceback.print_exc()
             if stop.requested:
                 raise Interrupted()
 
@@ -149,7 +153,7 @@ def measure_in_processes(args: Namespace, argv: list[str], stop: StopFlag) -> No
         command = [sys.executable, __file__, *words, "--workers", "1", "--measure-only", "--seeds", *seeds]
         print(f"claims: seeds {' '.join(seeds)}: {relative(log)}", file=sys.stderr, flush=True)
         with log.open("a", encoding="utf-8") as file:
-            # A session of its own: a signal of the terminal comes once, from here, to all that it has started.
+            # A session of its own: a signal of the terminal comes once, from here.
             options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
             processes[log] = subprocess.Popen(command, **options)
     told = False

@@ -276,6 +276,7 @@ class Count:
         self.runs: list[int] = []
         self.stops_at: int | None = None
         self.fails_at: int | None = None
+        self.breaks_at: int | None = None
 
     def __call__(self, place, seed: int, settings: dict) -> dict:
         self.runs.append(seed)
@@ -283,6 +284,8 @@ class Count:
             raise Interrupted()
         if seed == self.fails_at:
             raise UserError("rm: no rankings; add some")
+        if seed == self.breaks_at:
+            raise AssertionError("a bug")
         return {"x": 0.1 + 0.01 * seed, "settings": settings}
 
 
@@ -355,10 +358,11 @@ class TestCommand:
     def test_a_failing_row_is_told_and_the_others_go_on(self, count, command, monkeypatch, tmp_path, capsys):
         other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
         monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
-        count.fails_at = 3
+        count.fails_at, count.breaks_at = 3, 5
         code, rows = command()
-        assert code == 2 and [row["seeds"] for row in rows] == [[4, 5, 6, 7], [4, 5, 6, 7], [3, 4, 5, 6, 7]]
-        assert "error: fake, seed 3: rm: no rankings; add some" in capsys.readouterr().err
+        assert code == 2 and [row["seeds"] for row in rows] == [[4, 6, 7], [4, 6, 7], [3, 4, 5, 6, 7]]
+        told = "error: fake, seed 3: rm: no rankings; add some; seed 5: AssertionError: a bug"
+        assert told in capsys.readouterr().err
         assert "Could not be measured" in (tmp_path / "claims" / "index.html").read_text("utf-8")
 
     def test_quick_verdicts_are_marked_and_lie_apart(self, count, command, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from claims_rows.row import Measurement, Place, as_json
 from pipeline.config.yaml_tree import read_tree
-from pipeline.errors import TrainingStopped, UserError
+from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.record import git_state
 from pipeline.store import integrity
 
@@ -82,8 +82,7 @@ def measure(kept: Kept, run: Callable[[], dict]) -> dict[str, Any]:
         attempts with these settings; an attempt that was killed without a word does not count.
 
     Raises:
-        UserError: It cannot be measured; "failed" of the record in the file says why.
-        TrainingStopped: The same, by a training that stopped itself.
+        Exception: It cannot be measured; "failed" of the record in the file says why.
     """
     record = kept.finished()
     if record is not None:
@@ -101,8 +100,11 @@ def _timed(kept: Kept) -> Iterator[dict[str, Any]]:
     record = {"digest": kept.digest, "found": None, "failed": "", "commit": commit, "date": date.today().isoformat()}
     try:
         yield record
-    except (UserError, TrainingStopped) as error:
-        record["failed"] = " ".join(str(error).split("\n"))
+    except Interrupted:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (UserError, TrainingStopped)) else f"{type(error).__name__}: "
+        record["failed"] = kind + " ".join(str(error).split("\n"))
         raise
     finally:
         record["seconds"] = round((earlier["seconds"] if earlier else 0) + time.monotonic() - began, 1)
