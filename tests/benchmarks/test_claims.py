@@ -141,6 +141,8 @@ class TestFits:
     def test_share_that_a_line_explains(self):
         assert fits.line_share([1, 2, 3], [0.2, 0.4, 0.6]) == pytest.approx(1)
         assert fits.line_share([1, 1], [1.0, -1.0]) == pytest.approx(0)
+        assert fits.line_share([1, 2], [0.0, 0.0]) is None and fits.line_share([0, 0], [0.1, 0.2]) is None
+        assert fits.fit("rl", [1, 2], [0.0, 0.0]).r_squared is None
 
     def test_gap_at_equal_kl(self):
         """Compare lines of slopes 0.3 and 0.1 in √KL, from 0 to 1: the mean gap is 0.1."""

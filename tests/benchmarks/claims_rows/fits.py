@@ -32,8 +32,8 @@ class Fit:
     """How fast the slope falls."""
     residuals: tuple[float, ...]
     """Each point less the curve."""
-    r_squared: float
-    """Share of the points' sum of squares (R(0) = 0 is known) that the curve explains."""
+    r_squared: float | None
+    """Share of the points' sum of squares (R(0) = 0 is known) that it explains; None if all are 0."""
 
 
 def design(form: Form, d: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def fit(form: Form, d: Sequence[float], reward: Sequence[float]) -> Fit:
     (alpha, beta), *_ = np.linalg.lstsq(columns, reward, rcond=None)
     residuals = reward - columns @ (alpha, beta)
     total = float((reward**2).sum())
-    explained = 1.0 - float((residuals**2).sum()) / total if total > 0 else 1.0
+    explained = 1.0 - float((residuals**2).sum()) / total if total > 0 else None
     return Fit(form, float(alpha), float(beta), tuple(map(float, residuals)), explained)
 
 
@@ -118,12 +118,16 @@ def extrapolate(form: Form, d: Sequence[float], reward: Sequence[float], left_ou
     return Extrapolation(tuple(map(int, rest)), tuple(map(float, errors)), tuple(map(float, line_errors)))
 
 
-def line_share(d: Sequence[float], reward: Sequence[float]) -> float:
-    """Return the share of the sum of squares that the best line through (0, 0) explains."""
+def line_share(d: Sequence[float], reward: Sequence[float]) -> float | None:
+    """Return the share of the sum of squares that the best line through (0, 0) explains.
+
+    It is None where there is nothing to explain, or no point lies beyond 0.
+    """
     d, reward = np.asarray(d, float), np.asarray(reward, float)
-    total = float((reward**2).sum())
-    slope = float(d @ reward / (d @ d)) if (d @ d) > 0 else 0.0
-    return 1.0 - float(((reward - slope * d) ** 2).sum()) / total if total > 0 else 1.0
+    total, length = float((reward**2).sum()), float(d @ d)
+    if not total or not length:
+        return None
+    return 1.0 - float(((reward - d @ reward / length * d) ** 2).sum()) / total
 
 
 def gap_at_equal_kl(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> float | None:
