@@ -266,6 +266,10 @@ class TestReadings:
         }
         assert all(len(pair["finished"]) == 2 for pair in pairs) and len({pair["id"] for pair in pairs}) == 5
 
+    def test_labelers_take_turns(self):
+        rows = [{"prompt": prompt, "labeler": name} for prompt in "xyz" for name in ("ada", "ben")]
+        assert [row["labeler"] for row in reward_models.one_labeler_a_prompt(rows)] == ["ada", "ben", "ada"]
+
     def test_a_missing_part_is_none(self):
         assert reader("a", "b")({"a": None}) is None and reader("a", "b")({}) is None
         assert minus(reader("a"), reader("b"))({"a": 1.0}) is None

@@ -1,10 +1,14 @@
 """Rows of the whole chain: SFT against base, PPO-ptx and DPO against SFT, over policy sizes."""
 
+import json
+from argparse import Namespace
+
 from sweeps.estimates import SAME
 
 from claims_rows.pictures import steps
 from claims_rows.row import Figure, Measurement, Observed, Place, Row, derived, minus, reader
 from claims_rows.verdicts import Rule
+from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
 
 PART = "SFT, PPO-ptx and DPO"
@@ -39,11 +43,17 @@ def figures(policy: dict) -> dict:
 
 
 def run_sizes(place: Place, seed: int, settings: dict) -> dict:
-    """Run the chain with policies of several sizes, in the same world."""
+    """Run base, SFT and PPO-ptx with policies of several sizes, in the same world."""
+    from sweeps.runner import run_rlhf
+
     found = {"own": run(place, seed, settings)["policies"]}
     for label in settings["sizes"]:
         other = derived(place, f"{place.name}-{label}", SIZES[label])
-        found[label] = run(other, seed, settings)["policies"]
+        args = Namespace(config=other.config, artifacts=place.artifacts)
+        store = ArtifactStore(place.artifacts, f"{other.name}-seed{seed}")
+        run_rlhf(args, place.stop, "evaluate", store.base.name, [f"seed={seed}", "evaluate.policies=[base,sft,ppo]"])
+        results = json.loads((store.folder("evaluate") / "results.json").read_text(encoding="utf-8"))
+        found[label] = {name: figures(policy) for name, policy in results["policies"].items()}
     return {"sizes": found}
 
 
@@ -52,7 +62,7 @@ OVER_SIZES = Measurement(
     "sizes",
     "the whole chain at three sizes of the policy",
     run_sizes,
-    {"whole": {"sizes": ["small", "large"]}, "quick": {"sizes": ["small"]}, "micro": {"sizes": []}},
+    {"whole": {"sizes": ["small", "large"]}, "quick": {"sizes": ["small"]}, "micro": {"sizes": ["small"]}},
 )
 
 

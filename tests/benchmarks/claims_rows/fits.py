@@ -33,7 +33,7 @@ class Fit:
     residuals: tuple[float, ...]
     """Each point less the curve."""
     r_squared: float | None
-    """Share of the points' sum of squares (R(0) = 0 is known) that it explains; None if all are 0."""
+    """Share of the points' sum of squares (R(0) = 0 is known) it explains; None if all are 0."""
 
 
 def design(form: Form, d: np.ndarray) -> np.ndarray:

@@ -80,12 +80,20 @@ def pairs_of_rankings(rows: list[dict], seed: int) -> list[dict]:
     return pairs
 
 
+def one_labeler_a_prompt(rows: list[dict]) -> list[dict]:
+    """Return a ranking of each prompt, by each labeler in turn."""
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    return [own[i % len(own)] for i, own in enumerate(by_prompt.values())]
+
+
 def run_epochs(place: Place, seed: int, settings: dict) -> dict:
     """Train on whole rankings and on the same pairs, shuffled, for 1 to 4 epochs."""
-    from ties import one_a_prompt, read
+    from ties import read
 
     chain = finished_chain(place, seed, "rankings")
-    test, rankings = read(chain, "validation"), one_a_prompt(read(chain, "train"))[: settings["prompts"]]
+    test, rankings = read(chain, "validation"), one_labeler_a_prompt(read(chain, "train"))[: settings["prompts"]]
     per_ranking = len(pairs_of_rankings(rankings, seed)) / len(rankings)
     arms = {
         "whole": (rankings, settings["batch"]),
