@@ -54,7 +54,7 @@ SIZES = {
         (
             "model.hidden_size=96", "model.num_hidden_layers=3", "model.num_attention_heads=6",
             "model.intermediate_size=312", "world.demonstrations=1500", "world.prompts=1000",
-            "world.evaluation_prompts=120", "base.max_steps=500", "base.eval_steps=500", "sft.num_train_epochs=2",
+            "world.evaluation_prompts=100", "base.max_steps=400", "base.eval_steps=400", "sft.num_train_epochs=2",
             "rankings.judge_fraction=0", "ppo.total_episodes=1280", "dpo.max_steps=40", "dpo.eval_steps=40",
             "evaluate.samples_per_prompt=4", "evaluate.greedy_prompts=0", "evaluate.perplexity_rows=128",
             "launch.threads=1",

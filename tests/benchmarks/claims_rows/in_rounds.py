@@ -13,8 +13,8 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     """Run the rounds, and the same labels at once; return gold of PPO in each."""
     import rounds
 
-    if settings["quick"]:
-        place = derived(place, place.name, rounds.QUICK)
+    smaller = rounds.QUICK if settings["overrides"] == "micro" else settings["overrides"]
+    place = derived(place, f"{place.name}-own", smaller)
     args = rounds.parse([*place.words(seed), "--rounds", str(settings["rounds"])])
     row = rounds.run_seed(args, read_tree(args.config, []).values, seed, place.stop)
     gold = [one["ppo_gold_held_out_tasks"] for one in row["rounds"]]
@@ -26,12 +26,18 @@ MEASUREMENT = Measurement(
     "labels in rounds and at once",
     run,
     {
-        "whole": {"rounds": 2, "quick": False},
-        "quick": {"rounds": 2, "quick": False},
-        "micro": {"rounds": 2, "quick": True},
+        "whole": {"rounds": 2, "overrides": []},
+        "quick": {
+            "rounds": 2,
+            "overrides": [
+                "world.demonstrations=800", "world.prompts=600", "world.evaluation_prompts=120", "base.max_steps=300",
+                "base.eval_steps=300", "sft.num_train_epochs=2", "rank.prompts=50", "ppo.total_episodes=640",
+            ],
+        },
+        "micro": {"rounds": 2, "overrides": "micro"},
     },
     config="tests/benchmarks/rounds.yaml",
-)
+)  # fmt: skip
 
 
 def gain(found: dict) -> float:

@@ -32,7 +32,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {"rankings": 600, "grade": 3.0},
-        "quick": {"rankings": 300, "grade": 3.0},
+        "quick": {"rankings": 200, "grade": 3.0},
         "micro": {"rankings": 40, "grade": 3.0},
     },
 )

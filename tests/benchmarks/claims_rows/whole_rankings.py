@@ -50,7 +50,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {"pairs": 2880, "passes": [1, 2, 4, 8]},
-        "quick": {"pairs": 720, "passes": [2]},
+        "quick": {"pairs": 360, "passes": [2]},
         "micro": {"pairs": 72, "passes": [1]},
     },
 )
