@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from claims_rows.row import Place
 from pipeline.store.artifacts import ArtifactStore
@@ -72,7 +73,7 @@ def points_of(place: Place, seed: int, folder: str, wanted: Sequence[Wanted], sa
     return points
 
 
-def point_of(point) -> dict[str, float | None]:
+def point_of(point: Any) -> dict[str, float | None]:
     """Return the figures of a point; gold is that on tasks not trained on, if there are any."""
     own = point.figures()
     held_out = own["gold_held_out_tasks"]

@@ -6,7 +6,7 @@ from argparse import Namespace
 from sweeps.estimates import SAME
 
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, derived, minus, reader
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, derived, minus, reader
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -66,7 +66,7 @@ OVER_SIZES = Measurement(
 )
 
 
-def gold(policy: str, half: str = "held_out"):
+def gold(policy: str, half: str = "held_out") -> Read:
     """Return a reader of a policy's gold."""
     return reader("policies", policy, half)
 
@@ -81,7 +81,7 @@ def compared(ours: str, theirs: str) -> tuple[Figure, ...]:
     )
 
 
-def pair_plot(ours: str, theirs: str):
+def pair_plot(ours: str, theirs: str) -> Draw:
     """Return a function that draws the gold of two policies, on new tasks and on all prompts."""
 
     def plots(observed: Observed) -> list[Plot]:
@@ -94,22 +94,22 @@ def pair_plot(ours: str, theirs: str):
     return plots
 
 
-def at_size(size: str, policy: str):
+def at_size(size: str, policy: str) -> Read:
     """Return a reader of a policy's gold at a size."""
     return reader("sizes", size, policy, "held_out")
 
 
-def largest(policy: str):
+def largest(policy: str) -> Read:
     """Return a reader of a policy's gold at the largest size that was run."""
     return lambda found: at_size("large" if "large" in found["sizes"] else "own", policy)(found)
 
 
-def smallest(policy: str):
+def smallest(policy: str) -> Read:
     """Return a reader of a policy's gold at the smallest size that was run."""
     return lambda found: at_size("small" if "small" in found["sizes"] else "own", policy)(found)
 
 
-def least_gain(ours: str, theirs: str):
+def least_gain(ours: str, theirs: str) -> Read:
     """Return a reader of the smallest difference in gold over all sizes."""
 
     def read(found: dict) -> float | None:

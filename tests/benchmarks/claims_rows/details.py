@@ -6,7 +6,7 @@ from pathlib import Path
 from sweeps.estimates import SAME
 
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -64,7 +64,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def with_it(condition: str, figure: str = "gold"):
+def with_it(condition: str, figure: str = "gold") -> Read:
     """Return a reader of a figure as it is, less that with a detail changed."""
     return minus(reader("conditions", "as it is", figure), reader("conditions", condition, figure))
 

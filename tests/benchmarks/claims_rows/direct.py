@@ -8,7 +8,7 @@ from sweeps.estimates import SAME
 from claims_rows.conditions import Wanted, points_of
 from claims_rows.overoptimisation import gap, plot_of
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -76,7 +76,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def gold(method: str, value: float | None = None):
+def gold(method: str, value: float | None = None) -> Read:
     """Return a reader of a method's gold; of the last of its settings if there is no value."""
 
     def read(found: dict) -> float | None:
@@ -91,7 +91,7 @@ def own_dpo(found: dict) -> float | None:
     return gold("steps", found["own_steps"])(found)
 
 
-def less(ours, theirs):
+def less(ours: Read, theirs: Read) -> Read:
     """Return a reader of the difference of two readers that are never None."""
     return lambda found: ours(found) - theirs(found)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 from sweeps.estimates import SAME
 
-from claims_rows.fits import Form, curve, extrapolate, fit, gap_at_equal_kl, line_share
+from claims_rows.conditions import point_of
+from claims_rows.fits import Fit, Form, curve, extrapolate, fit, gap_at_equal_kl, line_share
 from claims_rows.pictures import Points, against_kl, steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -40,19 +41,10 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     args = frontier.parse(words)
     runner = ExperimentRunner(args.config, args.overrides, place.stop)
     first, _, outcomes = frontier.measure(args, runner, time.monotonic())
-    points = []
-    for point, _ in outcomes:
-        own = point.figures()
-        held_out, gold = own["gold_held_out_tasks"], own["gold"]
-        points.append(
-            {
-                "method": own["method"],
-                "value": next(iter(own["setting"].values())),
-                "kl": own["kl_to_sft"],
-                "score": own["score"],
-                "gold": gold if held_out is None else held_out,
-            }
-        )
+    points = [
+        {"method": point.method, "value": next(iter(point.setting.values())), **point_of(point)}
+        for point, _ in outcomes
+    ]
     return {"points": points, "own": {"ppo": first.ppo.kl_coef, "dpo": first.dpo.beta}}
 
 
@@ -89,10 +81,10 @@ def with_start(points: Points) -> Points:
     return [(0.0, 0.0), *points]
 
 
-def fitted(method: str, form: Form):
+def fitted(method: str, form: Form) -> Callable[[dict], Fit | None]:
     """Return a function that fits a method's curve on a seed; None where that is not possible."""
 
-    def read(found: dict):
+    def read(found: dict) -> Fit | None:
         kl, reward = np.array(gains(found, method)).T
         try:
             return fit(form, np.sqrt(kl), reward)
@@ -102,12 +94,12 @@ def fitted(method: str, form: Form):
     return read
 
 
-def coefficient(method: str, form: Form, name: str) -> Callable[[dict], float | None]:
+def coefficient(method: str, form: Form, name: str) -> Read:
     """Return a reader of alpha, beta or r_squared of a method's fitted curve."""
     return lambda found: getattr(fitted(method, form)(found), name, None)
 
 
-def foretold(method: str, form: Form) -> Callable[[dict], float | None]:
+def foretold(method: str, form: Form) -> Read:
     """Return a reader of the curve's error on the furthest points less that of a straight line."""
 
     def read(found: dict) -> float | None:
@@ -121,7 +113,7 @@ def foretold(method: str, form: Form) -> Callable[[dict], float | None]:
     return read
 
 
-def change_to_furthest(method: str, figure: str) -> Callable[[dict], float | None]:
+def change_to_furthest(method: str, figure: str) -> Read:
     """Return a reader of how a figure changes from the config's own setting to the furthest one."""
 
     def read(found: dict) -> float | None:
@@ -132,12 +124,12 @@ def change_to_furthest(method: str, figure: str) -> Callable[[dict], float | Non
     return read
 
 
-def gap(ours: str, theirs: str) -> Callable[[dict], float | None]:
+def gap(ours: str, theirs: str) -> Read:
     """Return a reader of how far one method's gold lies above another's at equal KL."""
     return lambda found: gap_at_equal_kl(with_start(gains(found, ours)), with_start(gains(found, theirs)))
 
 
-def near_line(method: str, figure: str) -> Callable[[dict], float | None]:
+def near_line(method: str, figure: str) -> Read:
     """Return a reader of how much of the start of a method's curve a line in √KL explains."""
 
     def read(found: dict) -> float | None:
@@ -150,7 +142,7 @@ def near_line(method: str, figure: str) -> Callable[[dict], float | None]:
     return read
 
 
-def plot_of(methods: tuple[str, ...], figure: str, form: Form | None = None) -> Callable[[Observed], list[Plot]]:
+def plot_of(methods: tuple[str, ...], figure: str, form: Form | None = None) -> Draw:
     """Return a function that draws methods' curves; with a form, also its fit to all seeds."""
 
     def plots(observed: Observed) -> list[Plot]:
@@ -171,12 +163,12 @@ def plot_of(methods: tuple[str, ...], figure: str, form: Form | None = None) -> 
     return plots
 
 
-def both(*drawn: Callable[[Observed], list[Plot]]) -> Callable[[Observed], list[Plot]]:
+def both(*drawn: Draw) -> Draw:
     """Return a function that draws everything that the given ones draw."""
     return lambda observed: [plot for one in drawn for plot in one(observed)]
 
 
-def residuals_plot(method: str, form: Form) -> Callable[[Observed], list[Plot]]:
+def residuals_plot(method: str, form: Form) -> Draw:
     """Return a function that draws the residuals of each seed's fit."""
 
     def plots(observed: Observed) -> list[Plot]:

@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sweeps.estimates import over_seeds
 
-from claims_rows.row import Observed
+from claims_rows.row import Observed, Read
 from stages.page.plot import Curves, Dots, Key, Label, Level, Line, Mark, Plot, Spans
 
-Read = Callable[[dict], float | None]
-"""What was found on a seed → a number."""
 FEWEST = 3
 """Seeds from which intervals are drawn; that of two is many times as long as their distance."""
 Points = list[tuple[float, float]]

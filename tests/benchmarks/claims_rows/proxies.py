@@ -5,7 +5,7 @@ from sweeps.estimates import SAME
 from claims_rows.conditions import Wanted, points_of
 from claims_rows.overoptimisation import PART
 from claims_rows.pictures import against_kl
-from claims_rows.row import Figure, Measurement, Observed, Place, Row
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -61,7 +61,7 @@ def values(found: dict, method: str) -> list[float]:
     return sorted({p["value"] for p in found["points"] if p["method"] == method})
 
 
-def gain(ours: tuple[str, float | None], theirs: tuple[str, float | None]):
+def gain(ours: tuple[str, float | None], theirs: tuple[str, float | None]) -> Read:
     """Return a reader of a difference in gold under the largest n."""
 
     def read(found: dict) -> float | None:
@@ -86,7 +86,7 @@ def sizes_apart(found: dict) -> float | None:
     return gain(largest, ("size", known[0]))(found)
 
 
-def plot_of(methods: dict[str, str]):
+def plot_of(methods: dict[str, str]) -> Draw:
     """Return a function that draws gold of best of n by several reward models.
 
     Args:

@@ -5,7 +5,7 @@ from itertools import combinations
 
 from claims_rows.chain import finished_chain, held_out_fit, reward_model_of
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -122,7 +122,7 @@ EPOCHS = Measurement(
 )
 
 
-def after(arm: str, epochs: int, figure: str):
+def after(arm: str, epochs: int, figure: str) -> Read:
     """Return a reader of an arm's figure after some epochs."""
     return reader("arms", arm, str(epochs), figure)
 

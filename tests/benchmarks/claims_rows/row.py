@@ -17,6 +17,10 @@ from stages.page.plot import Plot
 
 Observed = dict[int, dict]
 """Seed → what a measurement found on it, as JSON values."""
+Read = Callable[[dict], float | None]
+"""What was found on a seed → a number; None where it is not defined."""
+Draw = Callable[[Observed], list[Plot]]
+"""What was found → pictures of it, with every seed."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Figure:
 
     name: str
     """What it is."""
-    read: Callable[[dict], float | None]
-    """What was found on a seed → the number; None where it is not defined."""
+    read: Read
+    """What was found on a seed → the number."""
     rule: Rule
     """When the claim holds."""
     digits: int = 3
@@ -112,8 +116,8 @@ class Row:
     """What is run for it."""
     figures: tuple[Figure, ...]
     """What it is judged by, the main figure first."""
-    plots: Callable[[Observed], list[Plot]]
-    """What was found → its pictures, with every seed."""
+    plots: Draw
+    """What was found → its pictures."""
     note: str = ""
     """How our setting differs from the paper's, and what else must be known."""
 
@@ -152,7 +156,7 @@ def finding_of(row: Row, observed: Observed) -> dict[str, Any]:
     return {"verdict": combined(main, others), "seeds": sorted(observed), "figures": figures}
 
 
-def reader(*path: Any) -> Callable[[dict], float | None]:
+def reader(*path: Any) -> Read:
     """Return a function that reads a value by its path of keys; None where a part is missing."""
 
     def read(found: dict) -> float | None:
@@ -164,7 +168,7 @@ def reader(*path: Any) -> Callable[[dict], float | None]:
     return read
 
 
-def minus(ours: Callable[[dict], float | None], theirs: Callable[[dict], float | None]) -> Callable:
+def minus(ours: Read, theirs: Read) -> Read:
     """Return a function that reads the difference of two values of a seed."""
 
     def read(found: dict) -> float | None:

@@ -1,13 +1,12 @@
 """Rows of the alignment tax: what PPO forgets, and whether γ or β brings it back."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from sweeps.estimates import SAME
 
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from stages.page.numbers import capitalised
 from stages.page.plot import Plot
@@ -58,7 +57,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def of(condition: str, figure: str) -> Callable:
+def of(condition: str, figure: str) -> Read:
     """Return a reader of a condition's figure."""
     return reader("conditions", condition, figure)
 

@@ -2,7 +2,7 @@
 
 from claims_rows.chain import finished_chain
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -38,7 +38,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def gain(ours: str, theirs: str, figure: str):
+def gain(ours: str, theirs: str, figure: str) -> Read:
     """Return a reader of a difference between two models."""
     return minus(reader("models", ours, figure), reader("models", theirs, figure))
 

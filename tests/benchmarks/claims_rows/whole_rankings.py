@@ -9,7 +9,7 @@ from pathlib import Path
 from sweeps.estimates import SAME
 
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -59,12 +59,12 @@ MEASUREMENT = Measurement(
 ORDER, WINS = "ordered as gold", "gold wins against SFT"
 
 
-def of(variant: str, figure: str):
+def of(variant: str, figure: str) -> Read:
     """Return a reader of a variant's figure."""
     return reader("variants", variant, figure)
 
 
-def plots(figure: str, names: dict[str, tuple[str, str]]):
+def plots(figure: str, names: dict[str, tuple[str, str]]) -> Draw:
     """Return a function that draws a figure of several variants.
 
     Args:

@@ -4,7 +4,7 @@ from sweeps.estimates import SAME
 
 from claims_rows.chain import finished_chain
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus, reader
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus, reader
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -47,7 +47,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def gold(way: str):
+def gold(way: str) -> Read:
     """Return a reader of a way's gold on held-out tasks."""
     return reader("ways", way, "gold_held_out_tasks")
 
