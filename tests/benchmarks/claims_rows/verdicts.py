@@ -16,6 +16,8 @@ HOLDS, WEAKER, FAILS, UNTOLD, NOT_RUN = VERDICTS = (
 """Every verdict, the best first."""
 SUPPORTED = (HOLDS, WEAKER)
 """Verdicts by which what the paper says is there at all."""
+ROUNDING = 1e-9
+"""Width of an interval that is none: all seeds are equal."""
 FEWEST_SEEDS = 5
 """Seeds below which a verdict is marked as quick."""
 
@@ -63,7 +65,7 @@ def verdict_of(value: float | None, ci95: Sequence[float] | None, rule: Rule) ->
     """
     if value is not None and rule.direction == "exactly":
         return HOLDS if value == rule.than else FAILS
-    if value is None or ci95 is None or ci95[0] == ci95[1]:
+    if value is None or ci95 is None or ci95[1] - ci95[0] < ROUNDING:
         return UNTOLD
     mean, low, high = (number - rule.than for number in (value, *ci95))
     if rule.direction == "below":
