@@ -494,6 +494,7 @@ def test_each_seed_is_a_thin_line():
     """Three seeds, two positions: three lines, two means with bars; two seeds have no bars."""
     observed = {seed: {"x": 0.1 * seed} for seed in (3, 4, 5)}
     (plot,) = draw(observed)
+    assert ">one<" in picture(plot).svg and ">two<" in picture(plot).svg
     kinds = [type(mark).__name__ for mark in plot.drawing.marks]
     assert kinds.count("Line") == 3 and kinds.count("Spans") == kinds.count("Dots") == 2
     (plot,) = draw({3: {"x": 1.0}, 4: {"x": 2.0}})

@@ -39,7 +39,7 @@ MEASUREMENT = Measurement(
     {
         "whole": {"prompts": [100, 300, 1000], "sizes": [0.3, 3.0], "ensemble": 3, "doublings": 6},
         "quick": {"prompts": [100], "sizes": [0.3], "ensemble": 2, "doublings": 5},
-        "micro": {"prompts": [20], "sizes": [], "ensemble": 2, "doublings": 3},
+        "micro": {"prompts": [20], "sizes": [0.3], "ensemble": 2, "doublings": 3},
     },
 )
 
