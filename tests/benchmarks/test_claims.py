@@ -15,7 +15,7 @@ from scipy.optimize import curve_fit
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import each other from their own folder
 
 import claims
-from claims_rows import catalogue, demo, fits, overoptimisation, pictures, reward_models, tax
+from claims_rows import catalogue, demo, fits, overoptimisation, pictures, proxies, reward_models, tax
 from claims_rows.page import Entry, page, seeds_text
 from claims_rows.row import Figure, Measurement, Row, finding_of, minus, reader
 from claims_rows.verdicts import FAILS, HOLDS, NOT_RUN, UNTOLD, WEAKER, Rule, combined, in_words, verdict_of
@@ -265,6 +265,23 @@ class TestReadings:
             ("b", "d"): [1, 2],
         }
         assert all(len(pair["finished"]) == 2 for pair in pairs) and len({pair["id"] for pair in pairs}) == 5
+
+    def test_coefficients_of_reward_models(self):
+        """Gold bends by 0.1 d with the smallest reward model, and by 0.04 d with the largest."""
+        bends = {("own", 1): 0.07, ("size", 0.3): 0.1, ("size", 3.0): 0.04}
+        points = [
+            {"method": method, "value": value, "n": n, "kl": kl, "gold": 0.6 + kl**0.5 * (0.2 - bend * kl**0.5)}
+            for (method, value), bend in bends.items()
+            for n, kl in ((1, 0.0), (2, 0.2), (4, 0.6), (8, 1.2))
+        ]
+        found = {"points": points}
+        assert proxies.beta_apart(found) == pytest.approx(0.06)
+        assert proxies.sizes_apart(found) == pytest.approx(0.06 * 1.2)
+        (plot,) = proxies.coefficients_plot({3: found, 4: found})
+        assert [name.split("\n")[0] for name in plot.drawing.x_names if name] == ["α"] * 3 + ["β"] * 3
+        assert plot.drawing.x_names[:3] == ["α\n0.3M", "α\nas policy", "α\n3M"]
+        without = {"points": [point for point in points if point["method"] == "own"]}
+        assert proxies.beta_apart(without) is None and proxies.sizes_apart(without) is None
 
     def test_labelers_take_turns(self):
         rows = [{"prompt": prompt, "labeler": name} for prompt in "xyz" for name in ("ada", "ben")]

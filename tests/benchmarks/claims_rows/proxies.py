@@ -3,8 +3,9 @@
 from sweeps.estimates import SAME
 
 from claims_rows.conditions import Wanted, points_of
-from claims_rows.overoptimisation import PART
-from claims_rows.pictures import against_kl
+from claims_rows.fits import Fit, fit
+from claims_rows.overoptimisation import PART, both
+from claims_rows.pictures import against_kl, steps
 from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
@@ -77,13 +78,61 @@ def least_data(found: dict) -> float | None:
     return gain(("own", None), ("prompts", fewest))(found)
 
 
-def sizes_apart(found: dict) -> float | None:
-    """Return gold under the largest n: the largest reward model's less the smallest's."""
+def ends_of_sizes(found: dict) -> tuple[tuple[str, float | None], tuple[str, float | None]] | None:
+    """Return the largest and the smallest reward model; None if there is one size only."""
     known = values(found, "size")
     if not known:
         return None
-    largest = ("size", known[-1]) if known[-1] > 1 else ("own", None)
-    return gain(largest, ("size", known[0]))(found)
+    return ("size", known[-1]) if known[-1] > 1 else ("own", None), ("size", known[0])
+
+
+def sizes_apart(found: dict) -> float | None:
+    """Return gold under the largest n: the largest reward model's less the smallest's."""
+    ends = ends_of_sizes(found)
+    return None if ends is None else gain(*ends)(found)
+
+
+def coefficients(found: dict, method: str, value: float | None = None) -> Fit | None:
+    """Return the fit of Gao's curve for best of n; None if the method was not measured.
+
+    Args:
+        found: What was found on a seed.
+        method: own, prompts, size, mean or min.
+        value: Its setting; None: any.
+    """
+    own = [p for p in found["points"] if p["method"] == method and value in (None, p["value"])]
+    if not own:
+        return None
+    start = next(p["gold"] for p in own if p["n"] == 1)
+    return fit("best_of_n", [p["kl"] ** 0.5 for p in own], [p["gold"] - start for p in own])
+
+
+def beta_apart(found: dict) -> float | None:
+    """Return β of the smallest reward model's curve, less that of the largest's."""
+    ends = ends_of_sizes(found)
+    if ends is None:
+        return None
+    largest, smallest = (coefficients(found, *end) for end in ends)
+    return None if largest is None or smallest is None else smallest.beta - largest.beta
+
+
+def coefficients_plot(observed: Observed) -> list[Plot]:
+    """Return α and β of each size of the reward model."""
+    first = next(iter(observed.values()))
+    kinds: list[tuple[str, str, float | None]] = [("as policy", "own", None)]
+    kinds += [(f"{value:g}M", "size", value) for value in values(first, "size")]
+    kinds.sort(key=lambda kind: kind[2] or 1.0)
+    names: list = []
+    for letter, key in (("α", "alpha"), ("β", "beta")):
+        for label, method, value in kinds:
+
+            def read(found: dict, method: str = method, value: float | None = value, key: str = key) -> float | None:
+                return getattr(coefficients(found, method, value), key, None)
+
+            names.append((f"{letter}\n{label}", "rm", read))
+        names.append(None)
+    text = "Fitted on each seed to gold less SFT's, as d(α − βd)."
+    return [steps("coefficients", "Coefficients by size", "α and β", names[:-1], observed, caption=text)]
 
 
 def plot_of(methods: dict[str, str]) -> Draw:
@@ -126,11 +175,14 @@ ROWS = (
         "gao-size",
         PART,
         "A larger reward model leaves more gold under strong best of n.",
-        "Gao 2023, figure 1",
-        "Gold rises with the proxy's parameters, and the peak comes later.",
+        "Gao 2023, figures 1 and 3",
+        "Gold rises with the proxy's parameters, and the coefficients of the curves change smoothly with them.",
         MEASUREMENT,
-        (Figure("gold of the best of most samples: largest − smallest", sizes_apart, RULE),),
-        plot_of({"size": "{}M", "own": "as the policy"}),
+        (
+            Figure("gold of the best of most samples: largest − smallest", sizes_apart, RULE),
+            Figure("coefficient β of the curve: smallest − largest", beta_apart, Rule()),
+        ),
+        both(plot_of({"size": "{}M", "own": "as the policy"}), coefficients_plot),
         "Each size has a base of its own, pretrained and fine-tuned as the policy was, with its learning rates.",
     ),
     Row(
