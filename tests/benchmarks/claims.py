@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> Namespace:
     parser = make_parser("claims.py", __doc__, HERE / "results")
     parser.set_defaults(config=None)
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run, in place of those of the size")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run and show (--list names them)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run (--list names them); the page shows all")
     parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
     parser.add_argument("--size", choices=list(SIZES), default="whole", help="how large everything is")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick: two seeds, smaller sizes")
@@ -100,9 +100,10 @@ def run(argv: list[str], stop: StopFlag) -> None:
             measure_here(args, stop)
     finally:
         if not args.measure_only:
-            entries = [entry_of(args, row) for row in args.rows]
+            entries = [entry_of(args, row) for row in ROWS]
             write(args, entries)
-    if failed := {entry.row.measurement.key: entry.failed for entry in entries if entry.failed}:
+    asked = [entry for entry in entries if entry.row in args.rows]
+    if failed := {entry.row.measurement.key: entry.failed for entry in asked if entry.failed}:
         raise UserError([f"{key}, {message}" for key, message in failed.items()])
 
 
@@ -221,21 +222,25 @@ def command_of(args: Namespace, row: Row) -> str:
 
 
 def write(args: Namespace, entries: Sequence[Entry]) -> None:
-    """Write the page and the JSON file, and print the verdicts."""
+    """Write the page and the JSON file of all rows, and print the verdicts of those asked for."""
     args.folder.mkdir(parents=True, exist_ok=True)
     dates = sorted(entry.date for entry in entries if entry.date)
     meta = f"size: {args.size}, seeds {' '.join(map(str, args.seeds))}" + (f", {dates[-1]}" if dates else "")
     (args.folder / "index.html").write_text(page(meta, entries), encoding="utf-8")
     text = json.dumps([as_row(entry) for entry in entries], ensure_ascii=False, indent=1) + "\n"
     (args.folder / "claims.json").write_text(text, encoding="utf-8")
-    if args.keep and all(entry.finding["verdict"] != NOT_RUN for entry in entries):
+    unfinished = [entry.row.key for entry in entries if entry.quick or entry.failed]
+    if args.keep and not unfinished:
         (args.results / "claims.json").write_text(text, encoding="utf-8")
     lines = []
-    for entry in entries:
+    for entry in [entry for entry in entries if entry.row in args.rows]:
         mark = " (quick)" if entry.quick and entry.finding["verdict"] != NOT_RUN else ""
         lines.append([entry.row.key, ours_text(entry), f"{entry.finding['verdict']}{mark}"])
     print(markdown(["row", "ours, 95 % interval", "verdict"], lines))
     print(f"\npage: {relative(args.folder / 'index.html')}")
+    if args.keep:
+        kept = relative(args.results / "claims.json")
+        print(f"not written, as rows are unfinished: {kept} ({unfinished[0]})" if unfinished else f"kept: {kept}")
 
 
 def as_row(entry: Entry) -> dict:
