@@ -11,6 +11,8 @@ EXTRAS    ?= dev
 PYTHON    ?= python3
 VERSIONS  ?=
 VERSIONS_TESTS ?=
+QUICK     ?=
+ONLY      ?=
 
 VENV  := .venv
 RLHF  := $(VENV)/bin/rlhf
@@ -20,7 +22,7 @@ STAMP := $(VENV)/.installed
 # would have no effect and no message. Here a name with a dot (also name and seed) is a setting of the
 # experiment and is passed to rlhf as it is; any other name must be a variable of this file.
 # .VARIABLES, value and origin exist in GNU make 3.81 already.
-KNOWN   := CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS
+KNOWN   := CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS QUICK ONLY
 INNER   := VENV RLHF STAMP SHELL MAKEFLAGS
 STAGES  := world base sft rankings rm ppo dpo evaluate report
 GIVEN   := $(foreach .v,$(.VARIABLES),$(if $(filter command,$(origin $(.v))),$(.v)))
@@ -47,7 +49,7 @@ RUN      = @$(RLHF) run $@ $(PLACE) $(SETTINGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo world base sft rankings rm ppo dpo evaluate report status doctor rank playground chat \
-        test test-slow test-exhaustive test-versions lint bench faults frontier clean-artifacts
+        test test-slow test-exhaustive test-versions lint bench faults frontier claims clean-artifacts
 
 help: ## show this list
 	@echo 'make TARGET [CONFIG=configs/tiny.yaml] [ARTIFACTS=artifacts] [ppo.kl_coef=0.05 ...]'
@@ -126,5 +128,10 @@ bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 	@$(VENV)/bin/python tests/benchmarks/$(BENCH).py
 frontier: $(STAMP) ## reward against KL: PPO over kl_coef, DPO over beta, best of n; a table and a picture
 	@$(VENV)/bin/python tests/benchmarks/frontier.py $(PLACE) $(SETTINGS)
+# The config is each row's own, so CONFIG counts only where it is given.
+claims: $(STAMP) ## what the papers claim, a verdict a row: hours; QUICK=1: 40 minutes; ONLY="ROW …"; one page
+	@$(VENV)/bin/python tests/benchmarks/claims.py $(if $(filter command,$(origin CONFIG)),-c $(call path,$(CONFIG))) \
+		--artifacts $(call path,$(ARTIFACTS)) $(if $(filter 1 y yes,$(QUICK)),--quick) \
+		$(if $(ONLY),--only $(ONLY)) $(SETTINGS)
 faults: $(STAMP) ## kill, starve and damage the stages KILLS times; the same bytes must come out
 	@$(VENV)/bin/python tests/resume/faults.py --kills $(KILLS) --table tests/resume/results.md

@@ -71,7 +71,8 @@ def test_set_adds_to_dotted_variables(make):
         (["kl_coef=0.2"], 'ppo.kl_coef=0.2, or SET="ppo.kl_coef=0.2"'),
         (
             ["clean-artifacts", "FORCE=1"],
-            "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS",
+            "variables are CONFIG ARTIFACTS SET MODELS BENCH KILLS EXTRAS YES PYTHON VERSIONS VERSIONS_TESTS QUICK "
+            "ONLY, and a setting is named with its section",
         ),
     ],
 )
@@ -93,3 +94,18 @@ def test_setup_shows_its_progress():
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     calls = [line for line in output.splitlines() if "pip install" in line]
     assert len(calls) == 2 and not [line for line in calls if " -q" in line] and "setup: .elsewhere" in output
+
+
+@pytest.mark.parametrize(
+    "words, called",
+    [
+        ([], "claims.py --artifacts 'artifacts'"),
+        (["QUICK=1", "ONLY=a b", "ppo.x=1"], "claims.py --artifacts 'artifacts' --quick --only a b 'ppo.x=1'"),
+        (["CONFIG=my.yaml", "QUICK=0"], "claims.py -c 'my.yaml' --artifacts 'artifacts'"),
+    ],
+)
+def test_claims_has_rows_and_a_config_only_where_they_are_given(words, called):
+    """Each row has a config of its own, so that the default of CONFIG is not passed on."""
+    command = ["make", "-n", "-s", "-o", ".venv/.installed", "-C", str(ROOT), "claims", *words]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert " ".join(output.replace("\\\n", " ").split()).endswith(called)

@@ -151,6 +151,9 @@ def draw_curves(axes: "Axes", drawing: Curves) -> None:
     ys = [y for _, y in points] + list(drawing.y_includes)
     is_log = drawing.log_y and bool(ys) and min(ys) > 0
     set_scales(axes, xs, ys, is_log=is_log, is_root=drawing.root_x)
+    if drawing.x_names:
+        axes.set_xlim(-0.5, len(drawing.x_names) - 0.5)
+        axes.set_xticks(range(len(drawing.x_names)), drawing.x_names)
     axes.set_xlabel(drawing.x_label, loc="right")
     axes.set_title(f"{drawing.y_label}, log scale" if is_log else drawing.y_label,
                    loc="left", fontsize=12, color=COLOURS["soft"])  # fmt: skip

@@ -105,6 +105,8 @@ class Curves:
     """Values that the x axis must cover."""
     y_includes: Sequence[float] = ()
     """Values that the y axis must cover."""
+    x_names: Sequence[str] = ()
+    """Names of the positions 0, 1, 2 … on the x axis, in place of numbers."""
 
 
 @dataclass(frozen=True)

@@ -77,26 +77,35 @@ QUICK = FULL | {
 def run(argv: list[str], stop: StopFlag) -> None:
     """Run every way on each seed, and print the table."""
     args = parse(argv)
-    rows = []
-    for seed in args.seeds:
-        store = ArtifactStore(args.artifacts, f"{args.name}-seed{seed}")
-        samples, n = args.sizes["samples"], best_of(args.sizes)
-        wanted = [f"ppo.total_episodes={samples}", f"evaluate.best_of={n}", "evaluate.samples_per_prompt=2"]
-        wanted += ["evaluate.policies=[sft,ppo,best_of_n]", f"evaluate.num_prompts={args.sizes['evaluation_prompts']}"]
-        common = [f"seed={seed}", *args.sizes["common"]]
-        run_rlhf(args, stop, "evaluate", store.base.name, [*common, *wanted, *args.overrides])
-        found = [evaluated(store, way) for way in REFERENCES]
-        for way in args.ways:
-            variant = ArtifactStore(args.artifacts, f"{store.base.name}-{way}")
-            options = [*common, *settings_of(args.sizes, store, way), *args.overrides]
-            run_rlhf(args, stop, "sft", variant.base.name, options)
-            found.append(measured(args, store, variant, way))
-        for row in found:
-            row |= {"bench": "conditional", "experiment": args.name, "seed": seed, "overrides": args.overrides}
-            print(json.dumps(row), flush=True)
-        rows += found
-        save_rows(args.results / "conditional.jsonl", found, lambda row: (row["experiment"], row["way"], row["seed"]))
+    rows = [row for seed in args.seeds for row in on_seed(args, stop, seed)]
     print(f"\n{table(rows, args.seeds)}")
+
+
+def on_seed(args: Namespace, stop: StopFlag, seed: int) -> list[dict]:
+    """Run every way on a seed; keep, print and return their JSON objects.
+
+    Args:
+        args: The command line.
+        stop: Set by a signal.
+        seed: The seed.
+    """
+    store = ArtifactStore(args.artifacts, f"{args.name}-seed{seed}")
+    samples, n = args.sizes["samples"], best_of(args.sizes)
+    wanted = [f"ppo.total_episodes={samples}", f"evaluate.best_of={n}", "evaluate.samples_per_prompt=2"]
+    wanted += ["evaluate.policies=[sft,ppo,best_of_n]", f"evaluate.num_prompts={args.sizes['evaluation_prompts']}"]
+    common = [f"seed={seed}", *args.sizes["common"]]
+    run_rlhf(args, stop, "evaluate", store.base.name, [*common, *wanted, *args.overrides])
+    found = [evaluated(store, way) for way in REFERENCES]
+    for way in args.ways:
+        variant = ArtifactStore(args.artifacts, f"{store.base.name}-{way}")
+        options = [*common, *settings_of(args.sizes, store, way), *args.overrides]
+        run_rlhf(args, stop, "sft", variant.base.name, options)
+        found.append(measured(args, store, variant, way))
+    for row in found:
+        row |= {"bench": "conditional", "experiment": args.name, "seed": seed, "overrides": args.overrides}
+        print(json.dumps(row), flush=True)
+    save_rows(args.results / "conditional.jsonl", found, lambda row: (row["experiment"], row["way"], row["seed"]))
+    return found
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -47,15 +47,24 @@ DIFFERENCES = (("sft", "base"), ("ppo", "sft"), ("dpo", "sft"))
 def run(argv: list[str], stop: StopFlag) -> None:
     """Run the chain of each seed and print the table."""
     args = parse(argv)
-    rows = []
-    for seed in args.seeds:
-        name = f"{args.name}-seed{seed}"
-        run_rlhf(args, stop, "report", name, [f"seed={seed}", *args.overrides], called=f"seed {seed}")
-        row = line(ArtifactStore(args.artifacts, name), args, seed)
-        save_rows(args.results / "demo_seeds.jsonl", [row], lambda row: (row["experiment"], row["seed"]))
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+    rows = [on_seed(args, stop, seed) for seed in args.seeds]
     print(f"\n{table(rows)}")
+
+
+def on_seed(args: Namespace, stop: StopFlag, seed: int) -> dict:
+    """Run the chain of a seed; keep, print and return its JSON object.
+
+    Args:
+        args: The command line.
+        stop: Set by a signal.
+        seed: The seed.
+    """
+    name = f"{args.name}-seed{seed}"
+    run_rlhf(args, stop, "report", name, [f"seed={seed}", *args.overrides], called=f"seed {seed}")
+    row = line(ArtifactStore(args.artifacts, name), args, seed)
+    save_rows(args.results / "demo_seeds.jsonl", [row], lambda row: (row["experiment"], row["seed"]))
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def parse(argv: list[str]) -> Namespace:

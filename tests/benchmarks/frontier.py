@@ -95,16 +95,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     """Train and sample every setting on every seed; write the page, the table and the lines."""
     args, began = parse(argv), time.monotonic()
     runner = ExperimentRunner(args.config, args.overrides, stop)
-    first = runner.main_experiment()
-    if errors := adaptive_kl_errors(first):
-        raise UserError(errors)
-    chain_overrides = [[f"name={first.name}-seed{seed}", f"seed={seed}"] for seed in args.seeds] or [[]]
-    # Validate every setting before anything runs.
-    planned = [plan(runner, first, args, overrides) for overrides in chain_overrides]
-    outcomes: list[tuple[Point, dict]] = []
-    for chain, variations in planned:
-        outcomes += sweep(runner, chain, variations, args, began)
-
+    first, planned, outcomes = measure(args, runner, began)
     file = args.results / "frontier.jsonl"
     rows = [line(first.name, args, point, manifest) for point, manifest in outcomes]
     save_rows(file, rows, row_key)
@@ -125,6 +116,33 @@ def run(argv: list[str], stop: StopFlag) -> None:
         runner.print_line(text)
     runner.print_line(f"\nlines: {relative(file)}")
     runner.print_line(f"picture: {html_file} ({format_duration(time.monotonic() - began)})")
+
+
+def measure(args: Namespace, runner: ExperimentRunner, began: float) -> tuple[Any, list, list[tuple[Point, dict]]]:
+    """Train and sample every setting on every seed.
+
+    Args:
+        args: The command line.
+        runner: Runs the experiments of this config.
+        began: When the program started, by time.monotonic.
+
+    Returns:
+        The config's own experiment; (chain, variations) of each seed, as of `plan`; and each point
+        with its manifest, as of `sweep`.
+
+    Raises:
+        UserError: The settings do not allow the comparison.
+    """
+    first = runner.main_experiment()
+    if errors := adaptive_kl_errors(first):
+        raise UserError(errors)
+    chain_overrides = [[f"name={first.name}-seed{seed}", f"seed={seed}"] for seed in args.seeds] or [[]]
+    # Validate every setting before anything runs.
+    planned = [plan(runner, first, args, overrides) for overrides in chain_overrides]
+    outcomes: list[tuple[Point, dict]] = []
+    for chain, variations in planned:
+        outcomes += sweep(runner, chain, variations, args, began)
+    return first, planned, outcomes
 
 
 def plan(

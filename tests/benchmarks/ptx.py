@@ -21,22 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
 
+from sweeps.conditions import Condition, on_seed, plan
 from sweeps.estimates import difference, differences_over_seeds, equality, over_seeds, perplexity_at, unit_of
-from sweeps.points import Point, Variant, policy_point, provenance, samples_of, save_rows
-from sweeps.runner import (
-    ExperimentRunner,
-    adaptive_kl_errors,
-    make_parser,
-    parse_arguments,
-    relative,
-    run_command,
-    sampling_overrides,
-)
+from sweeps.points import Point, Variant, provenance, save_rows
+from sweeps.runner import ExperimentRunner, adaptive_kl_errors, make_parser, parse_arguments, relative, run_command
 from sweeps.text import with_interval
 
 from pipeline.errors import UserError
 from pipeline.stage import StopFlag
-from pipeline.store.artifacts import ArtifactStore
 from pipeline.tracking import format_duration
 from stages.page.numbers import fixed
 
@@ -56,6 +48,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--kl-factors", nargs="+", type=float, default=[1, 3, 10], metavar="X", help="factors of kl_coef for plain PPO"
     )
+    parser.add_argument(
+        "--ptx-coefs", nargs="*", type=float, default=[], metavar="X", help="further values of ptx_coef for PPO-ptx"
+    )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="samples of each prompt")
     args = parse_arguments(parser, argv)
     args.kl_factors, args.seeds = sorted(set(args.kl_factors)), list(dict.fromkeys(args.seeds))
@@ -66,32 +61,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     """Train and sample every condition on every seed, and print the table and what it shows."""
     args, began = parse(argv), time.monotonic()
     runner = ExperimentRunner(args.config, args.overrides, stop)
-    first = runner.main_experiment()
-    check_comparable(first)
-    policies = conditions(first.ppo.ptx_coef, first.ppo.kl_coef, args.kl_factors)
-
-    def variation(seed: int, policy: str, setting: dict[str, float]) -> Any:
-        names = [f"name={name_of(policy, setting)}", f"seed={seed}"]
-        settings = [f"ppo.{key}={value!r}" for key, value in setting.items()]
-        return runner.load(*names, *settings, *sampling_overrides(first, policy, args.samples))
-
-    # Validate every setting before anything runs.
-    chains = [(seed, runner.load(f"name={first.name}-seed{seed}", f"seed={seed}")) for seed in args.seeds]
-    variations = {seed: {name: variation(seed, *policies[name]) for name in policies} for seed in args.seeds}
-    outcomes: dict[str, list[tuple[Point, dict]]] = {name: [] for name in policies}  # (point, manifest) of each seed
-    for seed, chain in chains:
-        main = ArtifactStore(args.artifacts, chain.name)
-        runner.print_line(f"\nptx, seed {seed}: the chain ({format_duration(time.monotonic() - began)} so far)")
-        runner.update(chain, main, "ppo")
-        for name, (policy, setting) in policies.items():
-            store = ArtifactStore(Path(args.artifacts) / f"{chain.name}.ptx", variations[seed][name].name)
-            runner.print_line(f"\nptx, seed {seed}: {name} ({format_duration(time.monotonic() - began)} so far)")
-            runner.update_variant(variations[seed][name], store, "samples", main)
-            point = policy_point(samples_of(store), policy, setting, seed)
-            if point.perplexity is None:
-                raise UserError("evaluate.perplexity_length: no held-out document is that long; use a smaller value")
-            outcomes[name].append((point, store.manifest(policy)))
-
+    first, outcomes = measure(args, runner, began)
     save_rows(args.results / "ptx.jsonl", list(lines(outcomes, args, first.name)), row_key)
     variants = {name: Variant(tuple(point for point, _ in each)) for name, each in outcomes.items()}
     seeds = " ".join(map(str, args.seeds))
@@ -99,6 +69,37 @@ def run(argv: list[str], stop: StopFlag) -> None:
     for line in verdict(variants):
         runner.print_line(line)
     runner.print_line(f"\nlines: {relative(args.results / 'ptx.jsonl')} ({format_duration(time.monotonic() - began)})")
+
+
+def measure(args: Namespace, runner: ExperimentRunner, began: float) -> tuple[Any, dict[str, list[tuple[Point, dict]]]]:
+    """Train and sample every condition on every seed.
+
+    Args:
+        args: The command line.
+        runner: Runs the experiments.
+        began: When the program started, by time.monotonic.
+
+    Returns:
+        The config's own experiment, and condition → (point, manifest) of each seed.
+
+    Raises:
+        UserError: The settings do not allow the comparison.
+    """
+    first = runner.main_experiment()
+    check_comparable(first)
+    policies = conditions(first.ppo.ptx_coef, first.ppo.kl_coef, args.kl_factors, args.ptx_coefs)
+    outcomes: dict[str, list[tuple[Point, dict]]] = {name: [] for name in policies}
+    for planned in plan(runner, first, policies, args.seeds, args.samples):
+
+        def say(text: str, seed: int = planned.chain.seed) -> None:
+            runner.print_line(f"\nptx, seed {seed}: {text} ({format_duration(time.monotonic() - began)} so far)")
+
+        found = on_seed(runner, planned, policies, Path(args.artifacts) / f"{planned.chain.name}.ptx", "ppo", say)
+        for name, (point, manifest) in found.items():
+            if point.perplexity is None:
+                raise UserError("evaluate.perplexity_length: no held-out document is that long; use a smaller value")
+            outcomes[name].append((point, manifest))
+    return first, outcomes
 
 
 def check_comparable(experiment: Any) -> None:
@@ -116,25 +117,37 @@ def check_comparable(experiment: Any) -> None:
         raise UserError(errors)
 
 
-def conditions(ptx_coef: float, kl_coef: float, factors: Sequence[float]) -> dict[str, tuple[str, dict[str, float]]]:
+def conditions(
+    ptx_coef: float, kl_coef: float, factors: Sequence[float], ptx_coefs: Sequence[float] = ()
+) -> dict[str, Condition]:
     """Return the conditions of the comparison.
 
-    They are PPO-ptx as configured, plain PPO at each multiple of kl_coef, and their starting points
-    sft and base.
+    They are PPO-ptx as configured, plain PPO at each multiple of kl_coef, PPO-ptx at other values
+    of ptx_coef, and their starting points sft and base.
 
     Args:
         ptx_coef: The config's own ptx_coef.
         kl_coef: The config's own kl_coef.
         factors: Factors of kl_coef for plain PPO.
+        ptx_coefs: Further values of ptx_coef, at the config's own kl_coef.
 
     Returns:
-        Name → (policy that is sampled, settings that differ).
+        Name → condition.
     """
-    plain = {
-        f"{PLAIN}, kl_coef × {factor:g}": ("ppo", {"ptx_coef": 0.0, "kl_coef": float(f"{factor * kl_coef:.6g}")})
-        for factor in factors
+    settings: dict[str, tuple[str, dict[str, float]]] = {PTX: ("ppo", {"ptx_coef": ptx_coef, "kl_coef": kl_coef})}
+    for factor in factors:
+        scaled = float(f"{factor * kl_coef:.6g}")
+        settings[f"{PLAIN}, kl_coef × {factor:g}"] = ("ppo", {"ptx_coef": 0.0, "kl_coef": scaled})
+    for value in ptx_coefs:
+        if value not in (0, ptx_coef):
+            settings[f"{PTX}, ptx_coef {value:g}"] = ("ppo", {"ptx_coef": value, "kl_coef": kl_coef})
+    settings |= {"sft": ("sft", {}), "base": ("base", {})}
+    return {
+        name: Condition(
+            name_of(policy, setting), policy, tuple(f"ppo.{key}={value!r}" for key, value in setting.items()), setting
+        )
+        for name, (policy, setting) in settings.items()
     }
-    return {PTX: ("ppo", {"ptx_coef": ptx_coef, "kl_coef": kl_coef}), **plain, "sft": ("sft", {}), "base": ("base", {})}
 
 
 def name_of(policy: str, setting: dict[str, float]) -> str:

@@ -100,12 +100,7 @@ def run(argv: list[str], stop: StopFlag) -> None:
     runner = ExperimentRunner(args.config, args.overrides, stop)
     bench = Benchmark(runner, args, runner.main_experiment(), time.monotonic())
     check_comparable(args, bench.first)
-    tried: list[Outcome] = []
-    passes = dict.fromkeys(MODELS, args.passes[0])
-    if args.passes[1:]:
-        tried = bench.try_passes()
-        passes = best_passes(tried)
-        runner.print_line(f"\nrankings: best numbers of passes by order on seed {args.tune_seed}: {passes}")
+    tried, passes = bench.choose_passes()
     outcomes: list[Outcome] = []
     for seed in args.seeds:
         outcomes += bench.measure(seed, passes)
@@ -181,6 +176,15 @@ class Benchmark:
     def so_far(self) -> str:
         """Return the time since the start, as text."""
         return format_duration(time.monotonic() - self.began)
+
+    def choose_passes(self) -> tuple[list[Outcome], dict[str, float]]:
+        """Return the trials (none of a single number), and the passes of each reward model."""
+        if not self.args.passes[1:]:
+            return [], dict.fromkeys(MODELS, self.args.passes[0])
+        tried = self.try_passes()
+        passes = best_passes(tried)
+        self.runner.print_line(f"\nrankings: best numbers of passes by order on seed {self.args.tune_seed}: {passes}")
+        return tried, passes
 
     def try_passes(self) -> list[Outcome]:
         """Train each reward model with every number of passes, on the seed that is not reported."""

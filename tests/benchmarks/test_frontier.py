@@ -321,9 +321,10 @@ class TestPtx:
 
     def test_conditions(self):
         conditions = ptx.conditions(1.0, 0.1, [1, 3, 10])
-        trained = [list(s.values()) for policy, s in conditions.values() if policy == "ppo"]
+        trained = [list(one.setting.values()) for one in conditions.values() if one.policy == "ppo"]
         assert trained == [[1.0, 0.1], [0.0, 0.1], [0.0, 0.3], [0.0, 1.0]]
-        names = [ptx.name_of(*condition) for condition in conditions.values()]
+        names = [one.experiment for one in conditions.values()]
+        assert conditions[ptx.PTX].overrides == ("ppo.ptx_coef=1.0", "ppo.kl_coef=0.1")
         assert names[2] == "ptx_coef-0.0_kl_coef-0.3" and names[-2:] == ["sft", "base"] and len(set(names)) == 6
 
     def variants(self, rows, seeds=2):

@@ -122,21 +122,34 @@ def page(
         plots: The plots.
         tables: The headings and rows of each table.
     """
-    style = Path(stages.page.__file__).with_name("style.j2").read_text(encoding="utf-8")
     drawn = "".join(
         f"<figure><h2>{escape(plot.title)}</h2>{picture(plot).svg}<figcaption>{escape(plot.caption)}</figcaption>"
         "</figure>"
         for plot in plots
     )
     paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    shown = "".join(_html_table(headings, rows) for headings, rows in tables)
+    style = "figure { margin: 1rem 0; } figure h2 { margin: 0; }"
+    return document(title, meta, f"{paragraphs}{drawn}\n{shown}", style)
+
+
+def document(title: str, meta: str, main: str, style: str = "") -> str:
+    """Return a page in the report's style, which loads nothing.
+
+    Args:
+        title: The heading of the page.
+        meta: A line below it.
+        main: Everything else, as HTML.
+        style: Further rules of style.
+    """
+    rules = Path(stages.page.__file__).with_name("style.j2").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
-<style>{style} figure {{ margin: 1rem 0; }} figure h2 {{ margin: 0; }}</style></head><body>
+<style>{rules} {style}</style></head><body>
 <header><h1>{escape(title)}</h1><div class="meta">{escape(meta)}</div></header>
-<main>{paragraphs}{drawn}
-{"".join(_html_table(headings, rows) for headings, rows in tables)}</main>
+<main>{main}</main>
 </body></html>
 """
 

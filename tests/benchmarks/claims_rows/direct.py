@@ -1,0 +1,146 @@
+"""Rows of DPO beside SFT on preferred answers, over its steps, and beside PPO on gold."""
+
+import json
+from pathlib import Path
+
+from sweeps.estimates import SAME
+
+from claims_rows.conditions import Wanted, points_of
+from claims_rows.overoptimisation import gap, plot_of
+from claims_rows.pictures import steps
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row
+from claims_rows.verdicts import Rule
+from pipeline.store.artifacts import ArtifactStore
+from stages.page.plot import Plot
+
+PART = "DPO"
+REWARD = '''"""Score by the embedded world's gold, on the scale of a reward model."""
+
+import json
+
+from data.world.world import World
+
+WORLD = World.from_json(json.loads({world}))
+
+
+def score(prompts, responses, finished):
+    """Return 4 × gold − 2 of each response."""
+    each = zip(prompts, responses, finished, strict=True)
+    return [4 * WORLD.gold(*answer)["overall"] - 2 for answer in each]
+'''
+
+
+def run(place: Place, seed: int, settings: dict) -> dict:
+    """Train DPO over beta and steps, on preferred answers alone, and PPO on gold over kl_coef."""
+    wanted = [Wanted("best_of_n", 1, "sft")]
+    wanted += [Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)) for beta in settings["betas"]]
+    for count in settings["steps"]:
+        wanted.append(Wanted("steps", count, "dpo", (f"dpo.max_steps={count}", f"dpo.eval_steps={count}")))
+    wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
+    reward = f"ppo.rewards=[{{python: '{true_reward(place, seed)}:score'}}]"
+    # The paper's PPO has no pretraining gradient.
+    wanted += [
+        Wanted("ppo_gold", value, "ppo", (reward, "ppo.ptx_coef=0.0", f"ppo.kl_coef={value!r}"))
+        for value in settings["kl_coefs"]
+    ]
+    points = points_of(place, seed, "direct", wanted, settings["samples"], "dpo")
+    return {"points": points, "own_steps": settings["steps"][settings["own"]]}
+
+
+def true_reward(place: Place, seed: int) -> Path:
+    """Write the file of a reward function that scores by the gold of a seed's world."""
+    from claims_rows.chain import finished_chain
+
+    chain: ArtifactStore = finished_chain(place, seed, "world")
+    file = Path(place.artifacts) / "configs" / f"gold_{seed}_{place.name.replace('-', '_')}.py"
+    world = (chain.folder("world") / "world.json").read_text(encoding="utf-8")
+    file.write_text(REWARD.format(world=repr(json.dumps(json.loads(world)))), encoding="utf-8")
+    return file
+
+
+MEASUREMENT = Measurement(
+    "direct",
+    "DPO over beta and steps, on preferred answers alone, and PPO on gold",
+    run,
+    {
+        "whole": {
+            "betas": [0.1, 0.5, 1.0],
+            "steps": [20, 80, 320],
+            "own": 1,
+            "kl_coefs": [0.02, 0.1, 0.5],
+            "samples": 8,
+        },
+        "quick": {"betas": [0.1, 1.0], "steps": [40, 160], "own": 0, "kl_coefs": [0.1], "samples": 4},
+        "micro": {"betas": [0.1, 1.0], "steps": [8, 16], "own": 0, "kl_coefs": [0.02, 0.5], "samples": 2},
+    },
+)
+
+
+def gold(method: str, value: float | None = None) -> Read:
+    """Return a reader of a method's gold; of the last of its settings if there is no value."""
+
+    def read(found: dict) -> float | None:
+        own = [p for p in found["points"] if p["method"] == method and value in (None, p["value"])]
+        return own[-1]["gold"] if own else None
+
+    return read
+
+
+def own_dpo(found: dict) -> float | None:
+    """Return gold of DPO at the chain's own settings."""
+    return gold("steps", found["own_steps"])(found)
+
+
+def less(ours: Read, theirs: Read) -> Read:
+    """Return a reader of the difference of two readers that are never None."""
+    return lambda found: ours(found) - theirs(found)
+
+
+def steps_plot(observed: Observed) -> list[Plot]:
+    """Return gold of SFT, of DPO after each number of steps, and on preferred answers alone."""
+    first = next(iter(observed.values()), {"points": []})
+    counts = [p["value"] for p in first["points"] if p["method"] == "steps"]
+    names = [("SFT", "sft", gold("best_of_n")), ("preferred\nonly", "rm", gold("preferred"))]
+    names += [(f"{count:g}\nsteps", "dpo", gold("steps", count)) for count in counts]
+    return [steps("dpo-steps", "Gold of DPO", "gold, tasks not trained on (0 to 1)", names, observed)]
+
+
+ROWS = (
+    Row(
+        "dpo-over-preferred",
+        PART,
+        "DPO beats fine-tuning on the preferred answers.",
+        "DPO (Rafailov 2023), figures 2 and 3",
+        "Preferred-FT stays below DPO on sentiment, and does no better than SFT on summaries.",
+        MEASUREMENT,
+        (
+            Figure(
+                "gold: DPO − SFT on the preferred", less(own_dpo, gold("preferred")), Rule(nothing=SAME, enough=SAME)
+            ),
+        ),
+        steps_plot,
+        "The preferred answer of each pair, by the loss `sft` of dpo, with its learning rate and steps.",
+    ),
+    Row(
+        "dpo-over-steps",
+        PART,
+        "Trained for long, DPO loses what it has won.",
+        "Rafailov 2024 (scaling laws for over-optimisation in direct alignment)",
+        "Performance often peaks within the first quarter of an epoch, and falls after.",
+        MEASUREMENT,
+        (Figure("gold: most steps − the chain's own", less(gold("steps"), own_dpo), Rule("below", nothing=SAME)),),
+        steps_plot,
+        "The learning rate falls over the steps of each run.",
+    ),
+    Row(
+        "dpo-over-ppo-on-gold",
+        PART,
+        "DPO has more reward at the same KL than PPO on the true reward.",
+        "DPO (Rafailov 2023), figure 2",
+        "Its frontier lies above that of PPO, even where PPO has the true reward.",
+        MEASUREMENT,
+        (Figure("gold at equal KL: DPO − PPO on gold", gap("dpo", "ppo_gold"), Rule(nothing=SAME, enough=SAME)),),
+        plot_of(("dpo", "ppo_gold"), "gold"),
+        "PPO's value model starts as the policy here, as there is no reward model to start from.",
+    ),
+)

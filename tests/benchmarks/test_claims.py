@@ -1,0 +1,542 @@
+"""Test the page of claims: verdicts and fits along a second route, what is kept, and the page."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.optimize import curve_fit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import each other from their own folder
+
+import claims
+from claims_rows import catalogue, demo, fits, overoptimisation, pictures, proxies, reward_models, tax
+from claims_rows.page import Entry, page, seeds_text
+from claims_rows.row import Figure, Measurement, Row, finding_of, minus, reader
+from claims_rows.verdicts import FAILS, HOLDS, NOT_RUN, UNTOLD, WEAKER, Rule, combined, in_words, verdict_of
+from sweeps.runner import run_command
+
+from pipeline.errors import Interrupted, UserError
+from stages.page.drawing import picture
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        "value, ci95, rule, verdict",
+        [
+            (0.10, (0.05, 0.15), Rule(nothing=0.03, enough=0.06), HOLDS),
+            (0.05, (0.01, 0.09), Rule(nothing=0.03, enough=0.06), WEAKER),
+            (0.05, (-0.01, 0.11), Rule(nothing=0.03), UNTOLD),
+            (0.00, (-0.02, 0.02), Rule(nothing=0.03), FAILS),  # at most a difference that counts as none
+            (-0.2, (-0.3, -0.1), Rule(nothing=0.03), FAILS),
+            (0.01, (0.005, 0.015), Rule(nothing=0.03), FAILS),  # surely there, and too little to count
+            (0.02, (0.005, 0.035), Rule(nothing=0.03), WEAKER),
+            (-0.2, (-0.3, -0.1), Rule("below", nothing=0.03), HOLDS),
+            (0.2, (0.1, 0.3), Rule("below", nothing=0.03), FAILS),
+            (-0.01, (-0.02, 0.0), Rule(than=-0.03), HOLDS),  # not lower by more than 0.03
+            (-0.04, (-0.05, -0.03), Rule(than=-0.03), FAILS),
+            (0.95, (0.92, 0.98), Rule(than=0.9), HOLDS),
+            (0.01, (-0.02, 0.03), Rule("equal", nothing=0.03), HOLDS),
+            (0.01, (-0.04, 0.06), Rule("equal", nothing=0.03), UNTOLD),
+            (-0.1, (-0.16, -0.04), Rule("equal", nothing=0.03), FAILS),
+            (1.0, None, Rule("exactly", than=1), HOLDS),
+            (0.8, None, Rule("exactly", than=1), FAILS),
+            (0.1, None, Rule(), UNTOLD),  # one seed
+            (0.1, (0.1, 0.1), Rule(), UNTOLD),  # an interval without width says nothing of other seeds
+            (None, None, Rule(), UNTOLD),
+        ],
+    )
+    def test_by_hand(self, value, ci95, rule, verdict):
+        assert verdict_of(value, ci95, rule) == verdict
+
+    def test_below_mirrors_above(self):
+        rng = np.random.default_rng(0)
+        for _ in range(300):
+            low, value, high = sorted(rng.normal(0, 0.1, 3))
+            sizes = dict(zip(("nothing", "enough"), rng.uniform(0, 0.1, 2), strict=True))
+            above = verdict_of(value, (low, high), Rule("above", 0.2, **sizes))
+            mirrored = verdict_of(0.4 - value, (0.4 - high, 0.4 - low), Rule("below", 0.2, **sizes))
+            assert above == mirrored
+
+    def test_no_effect_is_called_one_at_most_as_often_as_the_interval_says(self):
+        """Of true differences of 0, at most 2.5 % hold, by simulation of five seeds."""
+        rng = np.random.default_rng(1)
+        rule, drawn = Rule(), rng.normal(size=(4000, 5))
+        figure = Figure("x", reader("x"), rule)
+        row = Row("r", "p", "c", "s", "w", MEASUREMENT, (figure,), lambda observed: [])
+        found = [finding_of(row, {seed: {"x": x} for seed, x in enumerate(values)})["verdict"] for values in drawn]
+        assert 0.015 < found.count(HOLDS) / len(found) < 0.035
+
+    def test_other_figures_weaken(self):
+        assert combined(HOLDS) == combined(HOLDS, [HOLDS, HOLDS]) == HOLDS
+        assert combined(HOLDS, [HOLDS, UNTOLD]) == combined(HOLDS, [FAILS]) == combined(HOLDS, [WEAKER]) == WEAKER
+        assert [combined(main, [HOLDS]) for main in (WEAKER, FAILS, UNTOLD, NOT_RUN)] == [
+            WEAKER, FAILS, UNTOLD, NOT_RUN,
+        ]  # fmt: skip
+
+    def test_a_rule_in_words(self):
+        text = in_words(Rule("below", than=0.1, nothing=0.03, enough=0.06))
+        assert "below 0.10" in text and "at least 0.06 away" in text and "above 0.07" in text
+        assert "±0.03 of 0.00" in in_words(Rule("equal", nothing=0.03))
+
+    @pytest.mark.parametrize("wrong", [{"nothing": -1}, {"direction": "equal"}, {"direction": "exactly", "nothing": 1}])
+    def test_a_rule_that_contradicts_itself_is_refused(self, wrong):
+        with pytest.raises(ValueError, match=r"Rule\("):
+            Rule(**wrong)
+
+
+class TestFits:
+    D = np.array([0.3, 0.6, 0.9, 1.2, 1.6, 2.0, 2.4, 3.0])
+
+    @pytest.mark.parametrize(
+        "form, equation",
+        [("best_of_n", lambda d, a, b: d * (a - b * d)), ("rl", lambda d, a, b: d * (a - b * np.log(d)))],
+    )
+    def test_known_coefficients_are_found_again(self, form, equation):
+        """Fit noisy points; scipy's iterative least squares finds the same values."""
+        noise = np.random.default_rng(2).normal(0, 0.005, len(self.D))
+        reward = equation(self.D, 0.4, 0.15) + noise
+        found = fits.fit(form, self.D, reward)
+        (alpha, beta), _ = curve_fit(equation, self.D, reward, p0=(1.0, 1.0))
+        assert (found.alpha, found.beta) == pytest.approx((alpha, beta), rel=1e-5)
+        assert (found.alpha, found.beta) == pytest.approx((0.4, 0.15), abs=0.01)
+        assert found.residuals == pytest.approx(reward - equation(self.D, alpha, beta), abs=1e-6)
+        assert found.r_squared == pytest.approx(1 - np.square(found.residuals).sum() / np.square(reward).sum())
+        grid = np.linspace(0.01, 20, 200_000)
+        assert fits.peak(found) == pytest.approx(grid[equation(grid, alpha, beta).argmax()], abs=1e-3)
+
+    def test_a_straight_line_has_no_peak(self):
+        found = fits.fit("best_of_n", self.D, 0.3 * self.D)
+        assert found.alpha == pytest.approx(0.3) and found.beta == pytest.approx(0, abs=1e-12)
+        assert fits.peak(replace(found, beta=-0.1)) is None
+
+    def test_sft_itself_changes_no_fit(self):
+        """A point at d = 0 with R = 0 is on every curve."""
+        reward = 0.4 * self.D - 0.1 * self.D**2 + 0.01 * np.cos(9 * self.D)
+        for form in ("best_of_n", "rl"):
+            with_zero = fits.fit(form, [0.0, *self.D], [0.0, *reward])
+            without = fits.fit(form, self.D, reward)
+            assert (with_zero.alpha, with_zero.beta) == pytest.approx((without.alpha, without.beta))
+
+    def test_extrapolation_on_points_left_out(self):
+        """Points of the very curve are foretold; a straight line is far off, by a closed form."""
+        reward = 0.4 * self.D - 0.15 * self.D**2
+        order = np.random.default_rng(3).permutation(len(self.D))
+        tried = fits.extrapolate("best_of_n", self.D[order], reward[order], 2)
+        assert sorted(self.D[order][list(tried.left_out)]) == [2.4, 3.0] and tried.rms < 1e-12
+        kept = self.D[:6]
+        slope = 0.4 - 0.15 * (kept**3).sum() / (kept**2).sum()
+        expected = [0.4 * d - 0.15 * d**2 - slope * d for d in (2.4, 3.0)]
+        assert tried.line_rms == pytest.approx(math.sqrt(np.mean(np.square(expected))))
+
+    def test_too_few_points_are_refused(self):
+        with pytest.raises(ValueError, match="at least two different values"):
+            fits.fit("rl", [0.0, 0.5, 0.5], [0.0, 0.1, 0.1])
+
+    def test_share_that_a_line_explains(self):
+        assert fits.line_share([1, 2, 3], [0.2, 0.4, 0.6]) == pytest.approx(1)
+        assert fits.line_share([1, 1], [1.0, -1.0]) == pytest.approx(0)
+        assert fits.line_share([1, 2], [0.0, 0.0]) is None and fits.line_share([0, 0], [0.1, 0.2]) is None
+        assert fits.fit("rl", [1, 2], [0.0, 0.0]).r_squared is None
+
+    def test_gap_at_equal_kl(self):
+        """Compare lines of slopes 0.3 and 0.1 in √KL, from 0 to 1: the mean gap is 0.1."""
+        ours, theirs = [(0, 0), (1, 0.3)], [(0, 0), (0.25, 0.05), (4, 0.2)]
+        assert fits.gap_at_equal_kl(ours, theirs) == pytest.approx(0.1)
+        assert fits.gap_at_equal_kl(theirs, ours) == pytest.approx(-0.1)
+        assert fits.gap_at_equal_kl([(1, 0.1), (2, 0.1)], [(3, 0.1), (4, 0.1)]) is None
+
+    def test_a_power_law_is_found_again(self):
+        sizes = np.array([50, 100, 200, 400])
+        noise = np.exp(np.random.default_rng(4).normal(0, 0.01, 4))
+        found = fits.power_law(sizes, 2 * sizes**-0.3 * noise)
+        (scale, exponent), _ = curve_fit(
+            lambda n, c, s: np.log(c) - s * np.log(n), sizes, np.log(2 * sizes**-0.3 * noise), p0=(1, 0.5)
+        )
+        assert (found.scale, found.exponent) == pytest.approx((scale, exponent), rel=1e-4)
+        assert found.exponent == pytest.approx(0.3, abs=0.02) and found.r_squared > 0.99
+        with pytest.raises(ValueError, match="positive"):
+            fits.power_law([10, 20], [0.1, 0.0])
+
+
+def frontier(seed: int) -> dict:
+    """Return invented points: gold bends down over KL for PPO and best of n, and not for DPO."""
+    points = [{"method": "best_of_n", "value": n, "kl": math.log(n) - (n - 1) / n} for n in (1, 2, 4, 8, 16, 32, 64)]
+    points += [{"method": "ppo", "value": c, "kl": 0.2 / (c + 0.02)} for c in (0.0, 0.02, 0.1, 0.5, 1.0)]
+    points += [{"method": "dpo", "value": b, "kl": 0.4 / b} for b in (0.1, 0.5, 1.0)]
+    for point in points:
+        d = math.sqrt(point["kl"])
+        bend = {"best_of_n": 0.15 * d, "ppo": 0.15 * math.log(d) if d else 0, "dpo": 0}[point["method"]]
+        point["gold"] = 0.5 + 0.1 * seed + d * (0.3 + 0.01 * seed - bend)
+        point["score"] = 2 * d
+    return {"points": points, "own": {"ppo": 0.1, "dpo": 0.5}}
+
+
+OBSERVED = {seed: frontier(seed) for seed in (3, 4, 5)}
+
+
+class TestOverOptimisation:
+    @staticmethod
+    def finding(key: str) -> dict:
+        """Return what was found for a row."""
+        (row,) = [row for row in overoptimisation.ROWS if row.key == key]
+        return finding_of(row, OBSERVED)
+
+    def test_coefficients_of_each_seed(self):
+        """Gains are less SFT's own gold, which differs by seed."""
+        for method, form in (("best_of_n", "best_of_n"), ("ppo", "rl")):
+            figures = overoptimisation.gao(method, form)
+            row = replace(overoptimisation.ROWS[0], figures=figures)
+            finding = finding_of(row, OBSERVED)
+            beta, explained, foretold = finding["figures"]
+            assert list(beta["by_seed"].values()) == pytest.approx([0.15] * 3)
+            assert list(explained["by_seed"].values()) == pytest.approx([1.0] * 3)
+            assert all(error < -0.1 for error in foretold["by_seed"].values())
+
+    def test_the_furthest_setting_against_the_own(self):
+        gold, score = self.finding("overoptimisation-ppo")["figures"]
+        start, end = math.sqrt(0.2 / 0.12), math.sqrt(0.2 / 0.02)
+        expected = end * (0.33 - 0.15 * math.log(end)) - start * (0.33 - 0.15 * math.log(start))
+        assert gold["by_seed"][3] == pytest.approx(expected)
+        assert score["by_seed"][3] == pytest.approx(2 * (end - start))
+        assert overoptimisation.near_line("ppo", "score")(OBSERVED[3]) == pytest.approx(1.0)
+
+    def test_curves_with_fit_and_residuals_are_drawn(self):
+        drawn = overoptimisation.plot_of(("ppo",), "gold", "rl"), overoptimisation.residuals_plot("ppo", "rl")
+        curve, residuals = overoptimisation.both(*drawn)(OBSERVED)
+        assert "PPO:" in picture(curve).svg and ">5<" in picture(residuals).svg
+
+
+class TestReadings:
+    """Check what rows compute from what was found on one seed."""
+
+    @staticmethod
+    def conditions(**perplexities: float) -> dict:
+        """Return the conditions of the tax with these perplexities."""
+        names = {"plain1": "plain PPO, kl_coef × 1", "plain9": "plain PPO, kl_coef × 9", "ptx": "PPO-ptx", "sft": "sft"}
+        settings = {"plain1": {"kl_coef": 0.1}, "plain9": {"kl_coef": 0.9}, "ptx": {"kl_coef": 0.1}, "sft": {}}
+        return {
+            "conditions": {
+                names[key]: {
+                    "perplexity": value,
+                    "held_out": 0.5,
+                    "facts": 0.6,
+                    "setting": {"ptx_coef": 1.0, **settings[key]},
+                }
+                for key, value in perplexities.items()
+            }
+        }
+
+    def test_the_best_penalty_is_taken_for_the_tax(self):
+        found = self.conditions(plain1=3.0, plain9=2.4, ptx=2.5, sft=2.6)
+        assert tax.least_over_kl(found) == pytest.approx(-0.1)
+        by_key = {row.key: row for row in tax.ROWS}
+        values = {key: [figure.read(found) for figure in row.figures] for key, row in by_key.items()}
+        assert values["tax-exists"] == pytest.approx([0.4]) and values["tax-gamma"] == pytest.approx([-0.5, 0.0])
+        for row in tax.ROWS:
+            assert all(picture(plot).svg for plot in row.plots({3: found, 4: found}))
+
+    def test_every_size_counts(self):
+        def policies(base: float, sft: float, ppo: float) -> dict:
+            return {name: {"held_out": gold} for name, gold in (("base", base), ("sft", sft), ("ppo", ppo))}
+
+        found = {"sizes": {"own": policies(0.4, 0.6, 0.7), "small": policies(0.3, 0.5, 0.5)}}
+        assert demo.least_gain("ppo", "sft")(found) == pytest.approx(0.0)
+        assert demo.least_gain("sft", "base")(found) == pytest.approx(0.2)
+        assert minus(demo.smallest("ppo"), demo.largest("base"))(found) == pytest.approx(0.1)
+        found["sizes"]["own"]["ppo"]["held_out"] = None
+        assert demo.least_gain("ppo", "sft")(found) is None
+
+    def test_pairs_of_rankings_hold_every_decided_pair_once(self):
+        """Check that a pair has ranks of its own: 2 and 3 of a ranking are 1 and 2."""
+        row = {"id": "7", "prompt": "p", "responses": ["a", "b", "c", "d"], "ranks": [3, 1, 2, 2]}
+        pairs = reward_models.pairs_of_rankings([row | {"finished": [True] * 4}], seed=0)
+        ranks = {tuple(pair["responses"]): pair["ranks"] for pair in pairs}
+        assert ranks == {
+            ("a", "b"): [2, 1],
+            ("a", "c"): [2, 1],
+            ("a", "d"): [2, 1],
+            ("b", "c"): [1, 2],
+            ("b", "d"): [1, 2],
+        }
+        assert all(len(pair["finished"]) == 2 for pair in pairs) and len({pair["id"] for pair in pairs}) == 5
+
+    def test_coefficients_of_reward_models(self):
+        """Gold bends by 0.1 d with the smallest reward model, and by 0.04 d with the largest."""
+        bends = {("own", 1): 0.07, ("size", 0.3): 0.1, ("size", 3.0): 0.04}
+        points = [
+            {"method": method, "value": value, "n": n, "kl": kl, "gold": 0.6 + kl**0.5 * (0.2 - bend * kl**0.5)}
+            for (method, value), bend in bends.items()
+            for n, kl in ((1, 0.0), (2, 0.2), (4, 0.6), (8, 1.2))
+        ]
+        found = {"points": points}
+        assert proxies.beta_apart(found) == pytest.approx(0.06)
+        assert proxies.sizes_apart(found) == pytest.approx(0.06 * 1.2)
+        (plot,) = proxies.coefficients_plot({3: found, 4: found})
+        assert [name.split("\n")[0] for name in plot.drawing.x_names if name] == ["α"] * 3 + ["β"] * 3
+        assert plot.drawing.x_names[:3] == ["α\n0.3M", "α\nas policy", "α\n3M"]
+        without = {"points": [point for point in points if point["method"] == "own"]}
+        assert proxies.beta_apart(without) is None and proxies.sizes_apart(without) is None
+
+    def test_labelers_take_turns(self):
+        rows = [{"prompt": prompt, "labeler": name} for prompt in "xyz" for name in ("ada", "ben")]
+        assert [row["labeler"] for row in reward_models.one_labeler_a_prompt(rows)] == ["ada", "ben", "ada"]
+
+    def test_a_missing_part_is_none(self):
+        assert reader("a", "b")({"a": None}) is None and reader("a", "b")({}) is None
+        assert minus(reader("a"), reader("b"))({"a": 1.0}) is None
+
+
+class Count:
+    """Stand in for a measurement: count its runs, and be interrupted on a seed if asked."""
+
+    def __init__(self):
+        self.runs: list[int] = []
+        self.stops_at: int | None = None
+        self.fails_at: int | None = None
+        self.breaks_at: int | None = None
+
+    def __call__(self, place, seed: int, settings: dict) -> dict:
+        self.runs.append(seed)
+        if seed == self.stops_at:
+            raise Interrupted()
+        if seed == self.fails_at:
+            raise UserError("rm: no rankings; add some")
+        if seed == self.breaks_at:
+            raise AssertionError("a bug")
+        return {"x": 0.1 + 0.01 * seed, "settings": settings}
+
+
+MEASUREMENT = Measurement("fake", "nothing", Count(), {"whole": {"n": 1}, "quick": {"n": 2}, "micro": {"n": 3}})
+
+
+def draw(observed: dict) -> list:
+    """Draw one figure of each seed."""
+    return [pictures.steps("x", "X < y", "x", [("one", "sft", reader("x")), ("two", "ppo", reader("x"))], observed)]
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Put two rows of one counted measurement in place of all others."""
+    counted = Count()
+    measurement = replace(MEASUREMENT, run=counted)
+    first = Row(
+        "first", "Part", "One <is> more.", "Paper & co", "It is.", measurement,
+        (Figure("x", reader("x"), Rule(nothing=0.03)),), draw, "A note.",
+    )  # fmt: skip
+    second = replace(first, key="second", claim="So it is.", figures=(Figure("x", reader("x"), Rule("below")),))
+    monkeypatch.setattr(claims, "ROWS", (first, second))
+    return counted
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Return run(words…) → the exit code and the rows of claims.json."""
+
+    def run(*words: str) -> tuple[int, list[dict]]:
+        places = ["--artifacts", str(tmp_path / "artifacts"), "--out", str(tmp_path / "claims")]
+        code = run_command(claims.run, [*places, "--results", str(tmp_path / "results"), "--workers", "1", *words])
+        quick = "quick" if "--quick" in words else ""
+        file = tmp_path / "claims" / quick / "claims.json"
+        return code, json.loads(file.read_text("utf-8")) if file.is_file() else []
+
+    return run
+
+
+class TestCommand:
+    def test_a_second_run_measures_nothing(self, count, command, tmp_path):
+        code, rows = command()
+        assert code == 0 and count.runs == [3, 4, 5, 6, 7], "two rows share a measurement"
+        page_text = (tmp_path / "claims" / "index.html").read_text("utf-8")
+        assert command() == (0, rows) and count.runs == [3, 4, 5, 6, 7]
+        assert (tmp_path / "claims" / "index.html").read_text("utf-8") == page_text
+        first, second = rows
+        assert first["verdict"] == HOLDS and second["verdict"] == FAILS and not first["quick"]
+        half = 2.7764 * 0.01 * math.sqrt(2.5) / math.sqrt(5)  # t with 4 degrees of freedom
+        assert first["ours"] == pytest.approx(0.15) and first["ci95"] == pytest.approx([0.15 - half, 0.15 + half], 1e-4)
+        assert first["seeds"] == [3, 4, 5, 6, 7] and first["command"] == "make claims ONLY=first"
+        assert {"claim", "source", "paper", "ours", "ci95", "seeds", "verdict", "command", "minutes", "commit"} <= set(
+            first
+        )
+
+    def test_changed_settings_are_measured_again(self, count, command):
+        command("--seeds", "3", "4")
+        command("--seeds", "3", "4", "5")
+        assert count.runs == [3, 4, 5]
+        command("--seeds", "3", "ppo.kl_coef=0.3")
+        assert count.runs == [3, 4, 5, 3]
+
+    def test_an_interrupted_run_goes_on(self, count, command):
+        count.stops_at = 5
+        code, rows = command()
+        assert code == 75 and rows[0]["seeds"] == [3, 4] and rows[0]["quick"], "what is there is shown"
+        count.stops_at = None
+        assert command()[1][0]["seeds"] == [3, 4, 5, 6, 7] and count.runs == [3, 4, 5, 5, 6, 7]
+
+    def test_a_failing_row_is_told_and_the_others_go_on(self, count, command, monkeypatch, tmp_path, capsys):
+        other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
+        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        count.fails_at, count.breaks_at = 3, 5
+        code, rows = command()
+        assert code == 2 and [row["seeds"] for row in rows] == [[4, 6, 7], [4, 6, 7], [3, 4, 5, 6, 7]]
+        told = "error: fake, seed 3: rm: no rankings; add some; seed 5: AssertionError: a bug"
+        assert told in capsys.readouterr().err
+        assert "Could not be measured" in (tmp_path / "claims" / "index.html").read_text("utf-8")
+
+    def test_quick_verdicts_are_marked_and_lie_apart(self, count, command, tmp_path):
+        _, rows = command("--quick", "--only", "first")
+        assert [row["row"] for row in rows] == ["first", "second"], "the page has all rows, whatever has run"
+        assert rows[0]["quick"] and rows[0]["seeds"] == [3, 4]
+        assert rows[0]["command"] == "make claims ONLY=first QUICK=1"
+        assert "<small>quick</small>" in (tmp_path / "claims/quick/index.html").read_text("utf-8")
+        assert not (tmp_path / "claims/index.html").exists()
+
+    def test_processes_share_the_seeds(self, count, command, monkeypatch, tmp_path):
+        """Each has its seeds, one worker, no page of its own; a failing one is named."""
+        started, codes = [], [0, 3]
+
+        def start(words: list[str], **options: object) -> SimpleNamespace:
+            started.append(words[2:])
+            code = codes[len(started) - 1]
+            return SimpleNamespace(poll=lambda: code, returncode=code)
+
+        monkeypatch.setattr("subprocess.Popen", start)
+        code, rows = command("--workers", "2", "--keep")
+        assert code == 2 and len(started) == 2 and not count.runs and rows[0]["verdict"] == NOT_RUN
+        for words, seeds in zip(started, (["3", "5", "7"], ["4", "6"]), strict=True):
+            args = claims.parse(words)
+            assert list(map(str, args.seeds)) == seeds and args.workers == 1 and args.measure_only and not args.keep
+        codes[1] = 0
+        started.clear()
+        assert command("--workers", "2")[0] == 0
+
+    def test_keep_publishes_a_whole_run_only(self, count, command, tmp_path, capsys):
+        for words in (["--quick"], ["--only", "first"], ["--seeds", "3", "4"], ["ppo.kl_coef=1"]):
+            assert command("--keep", *words)[0] == 2
+            assert capsys.readouterr().err.startswith("error: command line: --keep")
+        (tmp_path / "results").mkdir()
+        count.fails_at = 7
+        assert command("--keep")[0] == 2 and not list((tmp_path / "results").iterdir())
+        assert "not written, as rows are unfinished" in capsys.readouterr().out
+        count.fails_at = None
+        _, rows = command("--keep")
+        assert json.loads((tmp_path / "results/claims.json").read_text("utf-8")) == rows
+
+    def test_an_unknown_row_is_one_line_and_exit_2(self, command, capsys):
+        assert command("--only", "nonsense") == (2, [])
+        error = capsys.readouterr().err
+        assert error.startswith("error: command line: --only nonsense: no such row") and error.count("\n") == 1
+
+    def test_list_names_every_row_and_runs_nothing(self, command, capsys):
+        assert command("--list") == (0, [])
+        printed = capsys.readouterr().out
+        assert all(f"| {row.key} " in printed for row in catalogue.ROWS)
+
+
+class TestCatalogue:
+    def test_rows_have_names_of_their_own_and_settings_for_every_size(self):
+        keys = [row.key for row in catalogue.ROWS]
+        assert len(set(keys)) == len(keys)
+        by_key: dict[str, set[int]] = {}
+        for row in catalogue.ROWS:
+            assert set(row.measurement.settings) == set(catalogue.SIZES) and row.figures
+            assert row.claim.endswith(".") and row.paper.endswith(".") and (not row.note or row.note.endswith("."))
+            by_key.setdefault(row.measurement.key, set()).add(id(row.measurement))
+        assert all(len(ids) == 1 for ids in by_key.values())
+
+    def test_reported_seeds_are_not_those_that_settings_were_chosen_on(self):
+        assert all(not {0, 1, 2} & set(size.seeds) for size in catalogue.SIZES.values())
+        assert len(catalogue.SIZES["whole"].seeds) >= 5
+
+    @pytest.mark.parametrize("row", catalogue.ROWS, ids=lambda row: row.key)
+    def test_a_row_that_has_not_run_says_so(self, row):
+        finding = finding_of(row, {})
+        assert finding["verdict"] == NOT_RUN and {figure["verdict"] for figure in finding["figures"]} == {NOT_RUN}
+
+    @pytest.mark.parametrize("size", catalogue.SIZES)
+    def test_every_size_is_a_valid_config(self, size, tmp_path):
+        args = claims.parse(["--size", size, "--artifacts", str(tmp_path)])
+        for measurement in catalogue.measurements(catalogue.ROWS):
+            place = claims.place_of(args, None, measurement)
+            from pipeline import api
+
+            assert api.load_experiment(place.config).name == place.name
+
+
+class Check(HTMLParser):
+    """Check that tags are closed and that nothing is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(count):
+    observed = {seed: {"x": 0.1 + 0.01 * seed} for seed in (3, 4, 5, 6, 7)}
+    done, fresh = claims.ROWS
+    entries = [
+        Entry(done, finding_of(done, observed), draw(observed), False, "make claims ONLY=first", 2.5, "abc", "d"),
+        Entry(fresh, finding_of(fresh, {}), [], True, "make claims ONLY=second", None, "", ""),
+    ]
+    text = page("meta", entries)
+    check = Check()
+    check.feed(text)
+    assert not check.open and all(link.startswith("#") for link in check.links)
+    assert {link[1:] for link in check.links} <= set(check.ids) and len(set(check.ids)) == len(check.ids)
+    assert "One &lt;is&gt; more." in text and "Paper &amp; co" in text and "X &lt; y" in text
+    assert "default-src 'none'" in text and text.count("<svg") == 2
+    assert "2 claims: holds 1 and not run 1." in text and "1 figures in 1 rows" in text
+
+
+def test_seeds_as_text():
+    assert seeds_text([3, 4, 5, 6, 7]) == "3 to 7" and seeds_text([3, 5]) == "3, 5" and seeds_text([]) == "–"
+
+
+def test_each_seed_is_a_thin_line():
+    """Three seeds, two positions: three lines, two means with bars; two seeds have no bars."""
+    observed = {seed: {"x": 0.1 * seed} for seed in (3, 4, 5)}
+    (plot,) = draw(observed)
+    assert ">one<" in picture(plot).svg and ">two<" in picture(plot).svg
+    kinds = [type(mark).__name__ for mark in plot.drawing.marks]
+    assert kinds.count("Line") == 3 and kinds.count("Spans") == kinds.count("Dots") == 2
+    (plot,) = draw({3: {"x": 1.0}, 4: {"x": 2.0}})
+    assert "Spans" not in [type(mark).__name__ for mark in plot.drawing.marks]
+
+
+@pytest.mark.slow
+def test_two_rows_with_a_tiny_model(command, tmp_path, capsys):
+    """Rows of the tax are measured, on one seed; a second run trains nothing."""
+    words = ["--size", "micro", "--only", "tax-exists", "tax-gamma", "--seeds", "3"]
+    assert command(*words)[0] == 0
+    assert "ppo: running" in capsys.readouterr().out
+    everything = json.loads((tmp_path / "claims/micro/claims.json").read_text("utf-8"))
+    rows = [row for row in everything if row["seeds"]]
+    assert [row["row"] for row in rows] == ["tax-exists", "tax-gamma", "tax-kl"], "they share what was measured"
+    assert [row["verdict"] for row in rows] == [UNTOLD] * 3 and all(math.isfinite(row["ours"]) for row in rows)
+    assert all(row["ci95"] is None and row["quick"] and row["minutes"] > 0 for row in rows)
+    (tmp_path / "claims/micro/measured/tax-seed3.json").unlink()
+    assert command(*words)[0] == 0
+    again = json.loads((tmp_path / "claims/micro/claims.json").read_text("utf-8"))
+    assert "running" not in capsys.readouterr().out and again == [
+        row | {"minutes": new["minutes"]} for row, new in zip(everything, again, strict=True)
+    ]
