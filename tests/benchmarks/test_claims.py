@@ -258,6 +258,13 @@ class TestOverOptimisation:
         found["points"] = [point for point in found["points"] if point["kl"] in (0.0, 0.25, 4.0)]
         assert overoptimisation.gap("best_of_n", "ppo")(found) is None
 
+    def test_training_on_against_the_own_penalty(self):
+        points = [{"method": "early", "value": n, "gold": 0.8 - n / 100, "score": n} for n in (1, 4, 9)]
+        points += [{"method": "ppo", "value": c, "gold": 0.7 + c, "score": 2.0} for c in (0.02, 0.1)]
+        found = {"points": points, "own": {"ppo": 0.1}}
+        assert early.trained_on("gold")(found) == pytest.approx(0.71 - 0.8)
+        assert early.trained_on("score")(found) == pytest.approx(7.0)
+
     def test_a_line_in_root_kl_against_one_in_kl(self):
         def read(d: list[float], gains: list[float]) -> list[float | None]:
             found = self.of_best_of_n(np.array(d), np.array(gains))
@@ -306,11 +313,11 @@ class TestReadings:
 
     def test_the_best_penalty_is_taken_for_the_tax(self):
         found = self.conditions(plain1=3.0, plain9=2.4, ptx=2.5, sft=2.6)
-        assert tax.least_over_kl(found) == pytest.approx(-0.1)
+        assert tax.least_over_kl(tax.PTX)(found) == pytest.approx(-0.1)
         by_key = {row.key: row for row in tax.ROWS}
         values = {key: [figure.read(found) for figure in row.figures] for key, row in by_key.items()}
         assert values["tax-exists"] == pytest.approx([0.4]) and values["tax-gamma"] == pytest.approx([-0.5, -0.1, 0.0])
-        assert values["tax-kl"] == pytest.approx([-0.1, 0.0])
+        assert values["tax-kl"] == pytest.approx([-0.2, -0.1, 0.0])
         for row in tax.ROWS:
             assert all(picture(plot).svg for plot in row.plots({3: found, 4: found}))
 
@@ -348,13 +355,13 @@ class TestReadings:
             for n, kl in ((1, 0.0), (2, 0.2), (4, 0.6), (8, 1.2))
         ]
         found = {"points": points}
-        assert proxies.beta_apart(found) == pytest.approx(0.06)
+        assert proxies.bend_apart(found) == pytest.approx(0.06 / 0.2)
         assert proxies.sizes_apart(found) == pytest.approx(0.06 * 1.2)
         (plot,) = proxies.coefficients_plot({3: found, 4: found})
         assert [name.split("\n")[0] for name in plot.drawing.x_names if name] == ["α"] * 3 + ["β"] * 3
         assert plot.drawing.x_names[:3] == ["α\n0.3M", "α\nas policy", "α\n3M"]
         without = {"points": [point for point in points if point["method"] == "own"]}
-        assert proxies.beta_apart(without) is None and proxies.sizes_apart(without) is None
+        assert proxies.bend_apart(without) is None and proxies.sizes_apart(without) is None
 
     def test_rankings_are_judged_on_new_tasks(self):
         """Prompts of known tasks, and those without the figure, do not count."""

@@ -141,7 +141,7 @@ ROWS = (
         CHAIN,
         compared("sft", "base"),
         pair_plot("sft", "base"),
-        "Base is asked in plain text, the form of its corpus; labelers are the world's gold scorer.",
+        "Base is asked in plain text, the form of its corpus; the world's gold scorer judges in place of labelers.",
     ),
     Row(
         "ppo-over-sft",

@@ -118,7 +118,7 @@ ROWS = (
         MEASUREMENT,
         gain("advantages not whitened", "with − without whitened advantages"),
         plots,
-        f"{STEADY} Without it the advantages are also of another scale, at the same learning rate.",
+        f"{STEADY} Without it PPO's gradient is also of another size beside that of γ.",
     ),
     Row(
         "whitened-rewards",

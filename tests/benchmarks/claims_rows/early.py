@@ -4,8 +4,9 @@ from sweeps.estimates import SAME
 
 from claims_rows.conditions import Wanted, points_of
 from claims_rows.overoptimisation import NEAR, PART, both, gao, gap, near_line, plot_of, residuals_plot
-from claims_rows.row import Figure, Measurement, Place, Row, minus
+from claims_rows.row import Figure, Measurement, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
+from pipeline.config.yaml_tree import read_tree
 
 
 def run(place: Place, seed: int, settings: dict) -> dict:
@@ -15,10 +16,12 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     wanted = [Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)]
     for episodes in settings["episodes"]:
         wanted.append(Wanted("early", episodes, "ppo", (plain, "ppo.kl_coef=0.0", f"ppo.total_episodes={episodes}")))
-    wanted += [Wanted("ppo", value, "ppo", (plain, f"ppo.kl_coef={value!r}")) for value in settings["kl_coefs"]]
+    own = read_tree(place.config, []).values["ppo"]["kl_coef"]
+    for value in sorted({*settings["kl_coefs"], own}):
+        wanted.append(Wanted("ppo", value, "ppo", (plain, f"ppo.kl_coef={value!r}")))
     wanted += [Wanted("dpo", value, "dpo", (f"dpo.beta={value!r}",)) for value in settings["betas"]]
     points = points_of(place, seed, "early", wanted, settings["samples"], "ppo")
-    return {"points": [point | {"value": point.get("n", point["value"])} for point in points]}
+    return {"points": [point | {"value": point.get("n", point["value"])} for point in points], "own": {"ppo": own}}
 
 
 MEASUREMENT = Measurement(
@@ -55,7 +58,36 @@ NOTE = (
 )
 OVER = "The mean is over √KL between points that both have measured."
 
+
+def trained_on(figure: str) -> Read:
+    """Return a reader of a figure after the most episodes, less that under the config's penalty."""
+
+    def read(found: dict) -> float:
+        most = max((p for p in found["points"] if p["method"] == "early"), key=lambda p: p["value"])
+        own = next(p for p in found["points"] if p["method"] == "ppo" and p["value"] == found["own"]["ppo"])
+        return most[figure] - own[figure]
+
+    return read
+
+
 ROWS = (
+    Row(
+        "overoptimisation-ppo-long",
+        PART,
+        "Trained on without a KL penalty, PPO gains score and loses gold.",
+        "Gao 2023, figure 1",
+        "Gold rises, then falls, while the proxy's score keeps rising.",
+        MEASUREMENT,
+        (
+            Figure(
+                "gold: no penalty, most episodes − the config's own", trained_on("gold"), Rule("below", nothing=SAME)
+            ),
+            Figure("score: no penalty, most episodes − the config's own", trained_on("score"), Rule()),
+        ),
+        both(plot_of(("early", "ppo"), "gold"), plot_of(("early", "ppo"), "score")),
+        f"{NOTE} From the config's own kl_coef and episodes, chosen on seeds 0 to 2, to none and, in a whole "
+        "run, to twice as many.",
+    ),
     Row(
         "gao-rl",
         PART,
@@ -114,13 +146,13 @@ ROWS = (
     Row(
         "dpo-frontier",
         PART,
-        "DPO has more reward than PPO at every KL.",
+        "DPO has more reward than PPO at the same KL.",
         "DPO (Rafailov 2023), figure 2",
-        "On controlled sentiment, DPO's frontier of true reward against KL lies above PPO's.",
+        "On controlled sentiment, DPO's frontier of true reward against KL lies above PPO's at every KL.",
         MEASUREMENT,
         (Figure("gold at equal KL: DPO − PPO", gap("dpo", "ppo"), Rule(nothing=SAME, enough=SAME)),),
         plot_of(("dpo", "ppo"), "gold"),
-        f"Neither has a pretraining gradient. {OVER} It is a mean over that range, which does not show that DPO leads "
+        f"Neither has a pretraining gradient. {OVER} So it does not say that DPO leads "
         "at each KL; the picture does. PPO on the true reward is a row of its own.",
     ),
 )

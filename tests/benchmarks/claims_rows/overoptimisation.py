@@ -230,8 +230,8 @@ ROWS = (
         "overoptimisation-ppo",
         PART,
         "Without a KL penalty, PPO's reward model score rises on while gold falls.",
-        "Stiennon 2020, figure 5; Gao 2023, figure 1",
-        "What people prefer (Gao: gold) rises, then falls, while the proxy's score keeps rising.",
+        "Stiennon 2020, figure 5",
+        "Under ever weaker penalties what people prefer rises, then falls, while the proxy's score keeps rising.",
         MEASUREMENT,
         (
             Figure("gold: kl_coef 0 − the config's own", change_to_furthest("ppo", "gold"),
@@ -240,7 +240,7 @@ ROWS = (
         ),
         both(plot_of(("ppo",), "gold"), plot_of(("ppo",), "score")),
         "From the config's own kl_coef, chosen on seeds 0 to 2, to none, at an equal number of episodes, with the "
-        "pretraining gradient.",
+        "pretraining gradient, which may keep PPO from going far enough. A row below lets it go further.",
     ),
     Row(
         "gao-best-of-n",

@@ -113,13 +113,18 @@ def coefficients(found: dict, method: str, value: float | None = None) -> Fit | 
     return fit("best_of_n", [p["kl"] ** 0.5 for p in own], [p["gold"] - start for p in own])
 
 
-def beta_apart(found: dict) -> float | None:
-    """Return β of the smallest reward model's curve, less that of the largest's."""
+def bend_apart(found: dict) -> float | None:
+    """Return how much more the smallest reward model's curve bends than the largest's, as β/α.
+
+    It is 1/(2d) at the d where the curve is highest, on whatever scale gold is.
+    """
     ends = ends_of_sizes(found)
     if ends is None:
         return None
     largest, smallest = (coefficients(found, *end) for end in ends)
-    return None if largest is None or smallest is None else smallest.beta - largest.beta
+    if largest is None or smallest is None or not largest.alpha or not smallest.alpha:
+        return None
+    return smallest.beta / smallest.alpha - largest.beta / largest.alpha
 
 
 def coefficients_plot(observed: Observed) -> list[Plot]:
@@ -184,11 +189,11 @@ ROWS = (
         PART,
         "A larger reward model leaves more gold under strong best of n.",
         "Gao 2023, figures 1 and 3",
-        "Gold rises with the proxy's parameters, and the coefficients of the curves change smoothly with them.",
+        "Gold rises with the proxy's parameters, the peak comes later, and the coefficients change smoothly with them.",
         MEASUREMENT,
         (
             Figure("gold of the best of most samples: largest − smallest", sizes_apart, RULE),
-            Figure("coefficient β of the curve: smallest − largest", beta_apart, Rule()),
+            Figure("β/α, how much the curve bends: smallest − largest", bend_apart, Rule()),
         ),
         both(plot_of({"size": "{}M", "own": "as the policy"}), coefficients_plot),
         "Each size has a base of its own, pretrained and fine-tuned as the policy was, with its learning rates.",

@@ -171,7 +171,7 @@ ROWS = (
                    Rule(than=-SAME)),
         ),
         POLICIES,
-        "On tasks not trained on. Both have the same rankings at hand; DPO takes few steps on them, and PPO samples "
+        "On tasks not trained on. Both have the same rankings at hand; DPO sees about half of them, and PPO samples "
         "anew. The paper compares over temperatures; here both are at 1. PPO has the pretraining gradient.",
     ),
 )  # fmt: skip
