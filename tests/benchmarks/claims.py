@@ -12,8 +12,9 @@ they print is in claims/logs/. A measurement that is finished on a seed is kept 
 with a digest of its settings, and is not run again; one that was interrupted goes on with what its
 stages have finished. Writes claims/index.html and claims/claims.json, those of --quick in
 claims/quick/. `--keep` also writes results/claims.json, after a whole run only. Settings were
-chosen on seeds 0 to 2, so others are reported. --size micro runs everything with a model of a few
-thousand parameters, in minutes, to show that it runs.
+chosen on seeds 0 to 2, and other benchmarks have shown seeds up to 7, so a whole run reports 11 to
+15. --size micro runs everything with a model of a few thousand parameters, in minutes, to show that
+it runs.
 """
 
 import json

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,34 @@ from scipy.optimize import curve_fit
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import each other from their own folder
 
 import claims
-from claims_rows import catalogue, demo, fits, overoptimisation, pictures, proxies, reward_models, tax
+from claims_rows import (
+    catalogue,
+    demo,
+    early,
+    fits,
+    killed,
+    overoptimisation,
+    pictures,
+    proxies,
+    reward_models,
+    tax,
+    whole_rankings,
+)
 from claims_rows.page import Entry, page, seeds_text
 from claims_rows.row import Figure, Measurement, Row, finding_of, minus, reader
-from claims_rows.verdicts import FAILS, HOLDS, NOT_RUN, UNTOLD, WEAKER, Rule, combined, in_words, verdict_of
+from claims_rows.verdicts import (
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    UNTOLD,
+    WEAKER,
+    Rule,
+    claims_difference,
+    combined,
+    in_words,
+    verdict_of,
+)
+from sweeps.estimates import Series
 from sweeps.runner import run_command
 
 from pipeline.errors import Interrupted, UserError
@@ -78,6 +103,10 @@ class TestVerdicts:
         assert [combined(main, [HOLDS]) for main in (WEAKER, FAILS, UNTOLD, NOT_RUN)] == [
             WEAKER, FAILS, UNTOLD, NOT_RUN,
         ]  # fmt: skip
+
+    def test_rules_that_no_difference_refutes(self):
+        assert claims_difference(Rule(nothing=0.03)) and claims_difference(Rule("below"))
+        assert not any(map(claims_difference, (Rule(than=-0.03), Rule("equal", nothing=0.03), Rule("exactly"))))
 
     def test_a_rule_in_words(self):
         text = in_words(Rule("below", than=0.1, nothing=0.03, enough=0.06))
@@ -193,10 +222,60 @@ class TestOverOptimisation:
             figures = overoptimisation.gao(method, form)
             row = replace(overoptimisation.ROWS[0], figures=figures)
             finding = finding_of(row, OBSERVED)
-            beta, explained, foretold = finding["figures"]
+            explained, beta, foretold = finding["figures"]
             assert list(beta["by_seed"].values()) == pytest.approx([0.15] * 3)
             assert list(explained["by_seed"].values()) == pytest.approx([1.0] * 3)
             assert all(error < -0.1 for error in foretold["by_seed"].values())
+
+    def test_the_curve_against_a_straight_line(self):
+        """Compute the share explained of what a line leaves from sums of squares."""
+        d = np.array([0.5, 1.0, 1.5, 2.0])
+        noise = np.array([0.01, -0.02, 0.02, -0.01])
+        found = self.of_best_of_n(d, d * (0.3 - 0.1 * d) + noise)
+        gold = np.array([point["gold"] for point in found["points"][1:]]) - 0.5
+        (slope,), (line,) = np.linalg.lstsq(d[:, None], gold, rcond=None)[:2]
+        bent = np.square(fits.fit("best_of_n", d, gold).residuals).sum()
+        read = overoptimisation.beyond_line("best_of_n", "best_of_n")
+        assert read(found) == pytest.approx(1 - bent / line) and slope > 0
+        assert read(self.of_best_of_n(d, 0.2 * d)) is None
+
+    @staticmethod
+    def of_best_of_n(d: np.ndarray, gains: np.ndarray) -> dict:
+        """Return what is found on a seed with these gains over SFT at these √KL."""
+        points = [{"method": "best_of_n", "value": 1, "kl": 0.0, "gold": 0.5, "score": 0.0}]
+        for i, (root, gain) in enumerate(zip(d, gains, strict=True)):
+            points.append({"method": "best_of_n", "value": 2 + i, "kl": root**2, "gold": 0.5 + gain, "score": gain})
+        return {"points": points}
+
+    def test_methods_are_compared_between_measured_points(self):
+        """A line from SFT to a far first point would call the bent curve of the same gold lower."""
+        found = self.of_best_of_n(np.array([0.5, 1.0, 2.0]), np.array([0.1, 0.2, 0.3]))
+        for kl, gain in ((1.0, 0.2), (4.0, 0.3)):
+            found["points"].append({"method": "ppo", "value": 1 / kl, "kl": kl, "gold": 0.5 + gain})
+        assert overoptimisation.gap("best_of_n", "ppo")(found) == pytest.approx(0.0)
+        found["points"][-1]["gold"] -= 0.04
+        assert overoptimisation.gap("best_of_n", "ppo")(found) == pytest.approx(0.02)
+        found["points"] = [point for point in found["points"] if point["kl"] in (0.0, 0.25, 4.0)]
+        assert overoptimisation.gap("best_of_n", "ppo")(found) is None
+
+    def test_training_on_against_the_own_penalty(self):
+        points = [{"method": "early", "value": n, "gold": 0.8 - n / 100, "score": n} for n in (1, 4, 9)]
+        points += [{"method": "ppo", "value": c, "gold": 0.7 + c, "score": 2.0} for c in (0.02, 0.1)]
+        found = {"points": points, "own": {"ppo": 0.1}}
+        assert early.trained_on("gold")(found) == pytest.approx(0.71 - 0.8)
+        assert early.trained_on("score")(found) == pytest.approx(7.0)
+
+    def test_a_line_in_root_kl_against_one_in_kl(self):
+        def read(d: list[float], gains: list[float]) -> list[float | None]:
+            found = self.of_best_of_n(np.array(d), np.array(gains))
+            found["points"] += [{**point, "method": "early"} for point in found["points"][1:]]
+            return [figure.read(found) for figure in row.figures]
+
+        (row,) = [row for row in early.ROWS if row.key == "linear-in-root-kl"]
+        share, more = read([0.4, 0.8, 1.2, 3.0], [0.4, 0.8, 1.2, 0.0])  # the last lies beyond 2 nats
+        assert share == pytest.approx(1.0)
+        assert more == pytest.approx(1.0 - fits.line_share([0.16, 0.64, 1.44], [0.4, 0.8, 1.2]))
+        assert read([0.4, 0.8], [0.4, 0.8]) == [None, None], "a line explains two points"
 
     def test_the_furthest_setting_against_the_own(self):
         gold, score = self.finding("overoptimisation-ppo")["figures"]
@@ -234,10 +313,11 @@ class TestReadings:
 
     def test_the_best_penalty_is_taken_for_the_tax(self):
         found = self.conditions(plain1=3.0, plain9=2.4, ptx=2.5, sft=2.6)
-        assert tax.least_over_kl(found) == pytest.approx(-0.1)
+        assert tax.least_over_kl(tax.PTX)(found) == pytest.approx(-0.1)
         by_key = {row.key: row for row in tax.ROWS}
         values = {key: [figure.read(found) for figure in row.figures] for key, row in by_key.items()}
-        assert values["tax-exists"] == pytest.approx([0.4]) and values["tax-gamma"] == pytest.approx([-0.5, 0.0])
+        assert values["tax-exists"] == pytest.approx([0.4]) and values["tax-gamma"] == pytest.approx([-0.5, -0.1, 0.0])
+        assert values["tax-kl"] == pytest.approx([-0.2, -0.1, 0.0])
         for row in tax.ROWS:
             assert all(picture(plot).svg for plot in row.plots({3: found, 4: found}))
 
@@ -275,13 +355,20 @@ class TestReadings:
             for n, kl in ((1, 0.0), (2, 0.2), (4, 0.6), (8, 1.2))
         ]
         found = {"points": points}
-        assert proxies.beta_apart(found) == pytest.approx(0.06)
+        assert proxies.bend_apart(found) == pytest.approx(0.06 / 0.2)
         assert proxies.sizes_apart(found) == pytest.approx(0.06 * 1.2)
         (plot,) = proxies.coefficients_plot({3: found, 4: found})
         assert [name.split("\n")[0] for name in plot.drawing.x_names if name] == ["α"] * 3 + ["β"] * 3
         assert plot.drawing.x_names[:3] == ["α\n0.3M", "α\nas policy", "α\n3M"]
         without = {"points": [point for point in points if point["method"] == "own"]}
-        assert proxies.beta_apart(without) is None and proxies.sizes_apart(without) is None
+        assert proxies.bend_apart(without) is None and proxies.sizes_apart(without) is None
+
+    def test_rankings_are_judged_on_new_tasks(self):
+        """Prompts of known tasks, and those without the figure, do not count."""
+        series = Series(np.array([0.2, 0.4, 0.8, np.nan]), ("a", "b", "c", "d"))
+        assert whole_rankings.on_new_tasks(series, [True, False, False, False]) == pytest.approx(0.6)
+        assert whole_rankings.on_new_tasks(series, None) == pytest.approx(1.4 / 3)
+        assert whole_rankings.on_new_tasks(series, [True, True, True, False]) is None
 
     def test_labelers_take_turns(self):
         rows = [{"prompt": prompt, "labeler": name} for prompt in "xyz" for name in ("ada", "ben")]
@@ -331,6 +418,7 @@ def count(monkeypatch):
     )  # fmt: skip
     second = replace(first, key="second", claim="So it is.", figures=(Figure("x", reader("x"), Rule("below")),))
     monkeypatch.setattr(claims, "ROWS", (first, second))
+    monkeypatch.setitem(claims.SIZES, "whole", replace(claims.SIZES["whole"], seeds=(3, 4, 5, 6, 7)))
     return counted
 
 
@@ -451,6 +539,7 @@ class TestCatalogue:
 
     def test_reported_seeds_are_not_those_that_settings_were_chosen_on(self):
         assert all(not {0, 1, 2} & set(size.seeds) for size in catalogue.SIZES.values())
+        assert not {*range(8), 10, 30} & set(catalogue.SIZES["whole"].seeds), "seen, or chosen on, before the rules"
         assert len(catalogue.SIZES["whole"].seeds) >= 5
 
     @pytest.mark.parametrize("row", catalogue.ROWS, ids=lambda row: row.key)
@@ -506,6 +595,34 @@ def test_the_page_is_whole_and_loads_nothing(count):
     assert "One &lt;is&gt; more." in text and "Paper &amp; co" in text and "X &lt; y" in text
     assert "default-src 'none'" in text and text.count("<svg") == 2
     assert "2 claims: holds 1 and not run 1." in text and "1 figures in 1 rows" in text
+
+
+class TestKills:
+    """Kill a stand-in for the stage, which writes a row of its journal every 50 ms."""
+
+    SCRIPT = """
+import pathlib, sys, time
+journal = pathlib.Path(sys.argv[1])
+for _ in range(len(journal.read_text().splitlines()) if journal.exists() else 0, 8):
+    time.sleep(0.05)
+    with journal.open("a") as file:
+        file.write("{}\\n")
+"""
+
+    def test_each_kill_lands_after_a_row_of_its_own(self, monkeypatch, tmp_path):
+        start, before = killed.subprocess.Popen, []
+        store = SimpleNamespace(folder=lambda stage: tmp_path, base=tmp_path / "name")
+        journal = tmp_path / "metrics.jsonl"
+
+        def stand_in(command: list[str], **options: object) -> object:
+            before.append(killed.rows_of(journal))
+            return start([sys.executable, "-c", self.SCRIPT, str(journal)])
+
+        monkeypatch.setattr("subprocess.Popen", stand_in)
+        place = SimpleNamespace(config="c", stop=SimpleNamespace(requested=False))
+        _, kills = killed.until_done(place, store, [], [2, 2, 4])
+        assert kills == 3 and killed.rows_of(journal) == 8 and len(before) == 4
+        assert all(later > earlier for earlier, later in pairwise(before)), "none before a row"
 
 
 def test_seeds_as_text():

@@ -44,7 +44,7 @@ SIZES = {
     "whole": Size(
         "claims",
         "configs/tiny.yaml",
-        (3, 4, 5, 6, 7),  # settings were chosen on seeds 0 to 2
+        (11, 12, 13, 14, 15),  # no setting was chosen on them, and no other benchmark has shown them
         ("evaluate.samples_per_prompt=4", "evaluate.greedy_prompts=0", "rankings.judge_fraction=0", "launch.threads=1"),
     ),
     "quick": Size(

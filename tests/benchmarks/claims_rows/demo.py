@@ -141,7 +141,7 @@ ROWS = (
         CHAIN,
         compared("sft", "base"),
         pair_plot("sft", "base"),
-        "Base is asked in plain text, the form of its corpus; labelers are the world's gold scorer.",
+        "Base is asked in plain text, the form of its corpus; the world's gold scorer judges in place of labelers.",
     ),
     Row(
         "ppo-over-sft",
@@ -152,13 +152,15 @@ ROWS = (
         CHAIN,
         compared("ppo", "sft"),
         pair_plot("ppo", "sft"),
+        "PPO has climbed the reward model only; gold, which judges, was not climbed.",
     ),
     Row(
         "dpo-over-sft",
         PART,
         "DPO beats the SFT model that it starts from.",
         "DPO (Rafailov 2023), section 6.2",
-        "On summaries and dialogue, DPO wins against SFT and against the preferred responses of the data set.",
+        "On summaries DPO wins against the reference more often than SFT does; on dialogue it improves on the "
+        "preferred responses of the data set.",
         CHAIN,
         compared("dpo", "sft"),
         pair_plot("dpo", "sft"),
@@ -192,6 +194,7 @@ ROWS = (
             ),
         ),
         sizes_plot,
-        "13 times as many parameters here, 135 times there.",
+        "13 times as many parameters here, 135 times there. PPO-ptx has learnt from demonstrations and rankings, base "
+        "has not, in both.",
     ),
 )

@@ -88,16 +88,21 @@ def gain(condition: str, what: str) -> tuple[Figure, ...]:
     return (Figure(f"gold: {what}", with_it(condition), Rule(nothing=SAME, enough=SAME)),)
 
 
+STEADY = "Judged by gold at the end of training; how steady training is, is not measured."
+
 ROWS = (
     Row(
         "eos-trick",
         PART,
         "A low score for answers that do not end makes answers end.",
         "Huang 2024 (the N+ implementation details of RLHF with PPO), the EOS trick",
-        "Responses without EOS get a score of −1; the policy then learns to end them.",
+        "Responses without EOS get a low constant score in place of the reward model's, so that the policy learns to "
+        "end.",
         MEASUREMENT,
         (
-            Figure("share of answers that end: with − without", with_it("no EOS trick", "eos_rate"), Rule()),
+            Figure(
+                "share of answers that end: with − without", with_it("no EOS trick", "eos_rate"), Rule(nothing=0.01)
+            ),
             Figure("gold: with − without", with_it("no EOS trick"), Rule(than=-SAME)),
         ),
         plots,
@@ -108,17 +113,19 @@ ROWS = (
         PART,
         "Whitening advantages helps.",
         "Huang 2024; Zheng 2023 (secrets of RLHF, part I)",
-        "Both whiten advantages; Zheng finds normalised advantages steadier.",
+        "The first lists it among the details; the second studies normalised and clipped advantages as a means against "
+        "unstable training.",
         MEASUREMENT,
         gain("advantages not whitened", "with − without whitened advantages"),
         plots,
+        f"{STEADY} Without it PPO's gradient is also of another size beside that of γ.",
     ),
     Row(
         "whitened-rewards",
         PART,
         "Scaling rewards over the batch helps.",
         "Zheng 2023 (secrets of RLHF, part I)",
-        "Normalising and clipping rewards makes training steadier; Huang 2024 leaves rewards as they are.",
+        "Normalising and clipping rewards makes training steadier.",
         MEASUREMENT,
         (
             Figure(
@@ -128,25 +135,25 @@ ROWS = (
             ),
         ),
         plots,
-        "Rewards are divided by their standard deviation over the batch; the mean is kept.",
+        f"Rewards are scaled to a standard deviation of 1 over the batch and not clipped; the mean is kept. {STEADY}",
     ),
     Row(
         "clipping",
         PART,
         "Clipping ratios and values helps.",
         "Schulman 2017 (PPO); Huang 2024",
-        "The clipped objective did best of those compared.",
+        "On continuous control the clipped objective did best of those compared; RLHF with PPO has kept it.",
         MEASUREMENT,
         gain("no clipping", "with − without clipping"),
         plots,
-        "With one pass over each batch the ratio moves little, so clipping has little to do.",
+        f"With one pass over each batch the ratio moves little, so clipping has little to do. {STEADY}",
     ),
     Row(
         "one-ppo-epoch",
         PART,
         "Several passes over each batch do no better than one.",
         "InstructGPT (Ouyang 2022), appendix C.4",
-        "A single inner epoch is used; reports before it used four.",
+        "A single inner epoch is used; no comparison with several is given.",
         MEASUREMENT,
         (Figure("gold: one − four passes", with_it("four PPO epochs"), Rule(than=-SAME)),),
         plots,

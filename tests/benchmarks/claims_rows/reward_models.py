@@ -169,7 +169,7 @@ ROWS = (
         PART,
         "A reward model agrees almost as well with labelers that it was not trained on.",
         "InstructGPT (Ouyang 2022), section 4.1",
-        "In five folds: accuracy 69.6 ± 0.9 % on the labelers held out, 72.4 ± 0.4 % on those of training.",
+        "In five folds of labelers: accuracy 69.6 ± 0.9 % on those held out, 72.4 ± 0.4 % on those of training.",
         LABELERS,
         (
             Figure("accuracy: held-out labeler − labelers of training",

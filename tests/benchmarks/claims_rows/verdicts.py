@@ -111,6 +111,11 @@ def in_words(rule: Rule, digits: int = 2) -> str:
     return f"Holds if the interval lies {side} {than}{weaker}; does not hold if it lies {other} {limit}."
 
 
+def claims_difference(rule: Rule) -> bool:
+    """Return whether a rule asks for a difference that is not 0, so that none at all refutes it."""
+    return rule.direction in ("above", "below") and rule.than == 0
+
+
 def expected_by_chance(intervals: int) -> float:
     """Return how many of so many 95 % intervals miss the true value by chance."""
     return 0.05 * intervals
