@@ -45,9 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Raises:
         pytest.UsageError: `-m slow` would not find a slow test.
     """
-    for path in {item.path for item in items if item.get_closest_marker("slow")}:
+    for path in {item.path for item in items if is_slow(item)}:
         if not names_slow(path):
             raise pytest.UsageError(f"{path}: it has a slow test, but not the word slow, by which -m slow finds files")
+    if quick := [item.nodeid for item in items if item.get_closest_marker("exhaustive") and not is_slow(item)]:
+        raise pytest.UsageError(f"{quick[0]}: what is exhaustive is slow too, or `make test` would run it")
     if not wants_slow(config):
         return
 
@@ -57,6 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return min(found, default=len(LONGEST))
 
     items.sort(key=place)  # stable: the tests of a file keep their order
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Return whether a test is marked slow."""
+    return item.get_closest_marker("slow") is not None
 
 
 def wants_slow(config: pytest.Config) -> bool:

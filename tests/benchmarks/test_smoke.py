@@ -126,7 +126,14 @@ def test_a_program_runs(name, folder):
         assert all(math.isfinite(line["ratio"]["median"]) for line in lines if line["ratio"])
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in INSIDE)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        pytest.param("checkpoints", marks=pytest.mark.slow),
+        pytest.param("engines", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+    ],
+)
 def test_it_runs(name, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(HERE))  # benchmarks import each other from their own folder

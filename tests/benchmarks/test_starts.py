@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import starts as bench
 
 
-@pytest.mark.parametrize("stages", [[], pytest.param(["base"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [["base"], pytest.param([], marks=pytest.mark.exhaustive)])
 def test_a_row_has_every_command_and_stage(tmp_path, stages):
     micro = str(bench.ROOT / "tests/resume/micro.yaml")
     options = ["--gigabytes", "0.001", "--stages", *stages, "--repeat", "1", "--results", str(tmp_path / "rows")]

@@ -58,6 +58,7 @@ def test_each_half_is_fitted_on_the_other():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_runs(tmp_path):
     words = [sys.executable, ROOT / "tests/benchmarks/ties.py", "--quick", "--artifacts", tmp_path / "artifacts"]
     result = subprocess.run([*words, "--results", tmp_path], capture_output=True, text=True, cwd=tmp_path)

@@ -91,6 +91,7 @@ def test_the_table_shows_refusals_and_means_over_seeds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_tiny_run_is_kept_and_not_repeated(tmp_path):
     """Three methods, one of them refused, at a given rate; the second command only prints."""
     config = ROOT / "tests" / "resume" / "micro.yaml"

@@ -162,6 +162,7 @@ def test_auto_is_null_and_the_default_is_false():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_computes_the_same():
     models = pair(backend="inductor")
     for prompts, responses in ROWS:

@@ -91,6 +91,7 @@ def test_a_forced_redo_resumes_after_a_preemption(oracle, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_chain_as_jobs(oracle, tmp_path):
     """With one process per job, the bytes are those of the chain that was not submitted."""
     environment = fake_slurm.install(tmp_path / "slurm")

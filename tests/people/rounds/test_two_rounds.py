@@ -117,6 +117,7 @@ data:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_round_with_new_demonstrations_on_own_data(tmp_path, monkeypatch):
     """SFT is made anew, so KL to the first one is measured; the judge is a reward model."""
     monkeypatch.chdir(tmp_path)

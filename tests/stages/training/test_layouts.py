@@ -130,7 +130,8 @@ def check_alone(adapter):
 
 
 @pytest.mark.parametrize(
-    "adapter", [None, pytest.param(AdapterSettings(method="adalora", r=2), marks=pytest.mark.slow)]
+    "adapter",
+    [None, pytest.param(AdapterSettings(method="adalora", r=2), marks=(pytest.mark.slow, pytest.mark.exhaustive))],
 )
 def test_two_processes_compute_what_one_does(adapter):
     in_processes(2, check_together, adapter)
