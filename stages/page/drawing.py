@@ -298,7 +298,7 @@ def columns_of(points: Sequence[tuple[float, float]]) -> tuple[list[float], list
 
 @dataclass(frozen=True)
 class Side:
-    """Where a label may stand beside its marker."""
+    """Describe a place for a label beside its marker."""
 
     dx: float
     """Its distance to the right in pixels."""

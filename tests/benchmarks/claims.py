@@ -117,10 +117,10 @@ def measure_here(args: Namespace, stop: StopFlag) -> None:
         Interrupted: A signal came; the next run goes on from there.
     """
     for measurement in measurements(args.rows):
-        for seed, kept in files_of(args, stop, measurement).items():
+        place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
+        for seed, kept in files_of(args, place, measurement).items():
             if kept.finished() is not None:
                 continue
-            place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
             print(f"claims: {measurement.key} ({measurement.what}), seed {seed}", file=sys.stderr, flush=True)
             try:
                 measure(kept, lambda m=measurement, p=place, s=seed, own=settings: m.run(p, s, own))
@@ -185,15 +185,15 @@ def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place
     return derived(own, f"{size.name}-{measurement.key}", args.overrides)
 
 
-def files_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> dict[int, Kept]:
-    """Return the file of a measurement on each seed."""
-    place, settings = place_of(args, stop, measurement), measurement.settings[args.size]
+def files_of(args: Namespace, place: Place, measurement: Measurement) -> dict[int, Kept]:
+    """Return the file of a measurement on each seed; `place` is where it runs."""
+    settings = measurement.settings[args.size]
     return {seed: kept_of(args.folder / "measured", measurement, place, seed, settings) for seed in args.seeds}
 
 
 def entry_of(args: Namespace, row: Row) -> Entry:
     """Return a row with what was found for it."""
-    files = files_of(args, StopFlag(), row.measurement)
+    files = files_of(args, place_of(args, StopFlag(), row.measurement), row.measurement)
     kept = {seed: record for seed, file in files.items() if (record := file.read()) is not None}
     records = {seed: record for seed, record in kept.items() if record["found"] is not None}
     failed = [f"seed {seed}: {record['failed']}" for seed, record in kept.items() if record["failed"]]

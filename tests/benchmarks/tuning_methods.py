@@ -46,7 +46,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
 
 from sweeps.estimates import over_seeds
-from sweeps.points import provenance, save_rows
+from sweeps.points import commit_of, provenance, save_rows
 from sweeps.runner import make_parser, parse_arguments, run_command
 from sweeps.text import markdown, with_interval
 
@@ -310,8 +310,7 @@ def time_again(args: Namespace, stop: StopFlag) -> None:
         stop: Set by a signal.
     """
     timed: dict[tuple[str, str], dict] = {}
-    git = git_state() or {"commit": "unknown", "dirty": False}
-    commit = git["commit"][:7] + (" + changes" if git["dirty"] else "")
+    commit = commit_of(git_state()) or "unknown"
     for row in known_rows(args):
         method, stage = row["method"], row["stage"]
         if method not in args.methods or stage not in args.stages or row["seed"] not in args.seeds:

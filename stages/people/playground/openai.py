@@ -78,7 +78,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Api:
-    """What the interface serves."""
+    """Hold what the interface serves."""
 
     engine: Engine
     """Answers questions."""

@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the addresses of a server hold. They stay over restarts, so that links stay good."""
+    """Hold what a server's addresses consist of, kept over restarts so that links work."""
 
     page: str
     """Token of the page."""

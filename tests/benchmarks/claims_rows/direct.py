@@ -8,7 +8,7 @@ from sweeps.estimates import SAME
 from claims_rows.conditions import Wanted, points_of
 from claims_rows.overoptimisation import gap, plot_of
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row
+from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -91,11 +91,6 @@ def own_dpo(found: dict) -> float | None:
     return gold("steps", found["own_steps"])(found)
 
 
-def less(ours: Read, theirs: Read) -> Read:
-    """Return a reader of the difference of two readers that are never None."""
-    return lambda found: ours(found) - theirs(found)
-
-
 def steps_plot(observed: Observed) -> list[Plot]:
     """Return gold of SFT, of DPO after each number of steps, and on preferred answers alone."""
     first = next(iter(observed.values()), {"points": []})
@@ -115,7 +110,7 @@ ROWS = (
         MEASUREMENT,
         (
             Figure(
-                "gold: DPO − SFT on the preferred", less(own_dpo, gold("preferred")), Rule(nothing=SAME, enough=SAME)
+                "gold: DPO − SFT on the preferred", minus(own_dpo, gold("preferred")), Rule(nothing=SAME, enough=SAME)
             ),
         ),
         steps_plot,
@@ -129,7 +124,7 @@ ROWS = (
         "Rafailov 2024 (scaling laws for over-optimisation in direct alignment)",
         "Quality often falls before a single epoch is over, most where β is small.",
         MEASUREMENT,
-        (Figure("gold: most steps − the chain's own", less(gold("steps"), own_dpo), Rule("below", nothing=SAME)),),
+        (Figure("gold: most steps − the chain's own", minus(gold("steps"), own_dpo), Rule("below", nothing=SAME)),),
         steps_plot,
         "At the chain's own β. 80 steps of 16 rankings are about half a pass, 320 about two. Each number of steps is a "
         "run of its own, over which the learning rate falls.",

@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from sweeps.points import commit_of
+
 from claims_rows.row import Measurement, Place, as_json
 from pipeline.config.yaml_tree import read_tree
 from pipeline.errors import Interrupted, TrainingStopped, UserError
@@ -95,8 +97,7 @@ def measure(kept: Kept, run: Callable[[], dict]) -> dict[str, Any]:
 @contextmanager
 def _timed(kept: Kept) -> Iterator[dict[str, Any]]:
     """Yield a new record; write it at the end, also of an attempt that fails."""
-    earlier, began, git = kept.read(), time.monotonic(), git_state()
-    commit = git and git["commit"][:7] + (" + changes" if git["dirty"] else "")
+    earlier, began, commit = kept.read(), time.monotonic(), commit_of(git_state())
     record = {"digest": kept.digest, "found": None, "failed": "", "commit": commit, "date": date.today().isoformat()}
     try:
         yield record

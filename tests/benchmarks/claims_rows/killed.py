@@ -56,17 +56,9 @@ def until_done(place: Place, store: ArtifactStore, words: list[str], targets: li
         words: Its settings.
         targets: Rows of the journal at which it is killed, one kill each.
     """
-    command = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += [
-        "run",
-        "ppo",
-        "-c",
-        place.config,
-        "--artifacts",
-        str(store.base.parent),
-        f"name={store.base.name}",
-        *words,
-    ]
+    from sweeps.runner import rlhf_words
+
+    command = rlhf_words("ppo", place.config, str(store.base.parent), store.base.name, words)
     journal, kills, waiting = store.folder("ppo") / "metrics.jsonl", 0, list(targets)
     began = time.monotonic()
     while True:

@@ -6,7 +6,7 @@ from claims_rows.conditions import Wanted, points_of
 from claims_rows.fits import Fit, fit
 from claims_rows.overoptimisation import PART, both
 from claims_rows.pictures import against_kl, steps
-from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -70,12 +70,7 @@ def values(found: dict, method: str) -> list[float]:
 
 def gain(ours: tuple[str, float | None], theirs: tuple[str, float | None]) -> Read:
     """Return a reader of a difference in gold under the largest n."""
-
-    def read(found: dict) -> float | None:
-        a, b = at_most(found, *ours), at_most(found, *theirs)
-        return None if a is None or b is None else a - b
-
-    return read
+    return minus(lambda found: at_most(found, *ours), lambda found: at_most(found, *theirs))
 
 
 def least_data(found: dict) -> float | None:

@@ -217,11 +217,16 @@ def provenance(manifest: dict) -> dict:
     git = manifest["git"]
     return {
         "seconds": round(seconds_of(manifest)),
-        "commit": git and git["commit"][:7] + (" + changes" if git["dirty"] else ""),
+        "commit": commit_of(git),
         "date": manifest["finished_at"][:10],
         "versions": {name: manifest["versions"].get(name) for name in ("torch", "transformers", "trl")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {manifest['threads']} threads",
     }
+
+
+def commit_of(git: dict | None) -> str | None:
+    """Return a state of git as lines name it: the commit, and whether files differed from it."""
+    return git and git["commit"][:7] + (" + changes" if git["dirty"] else "")
 
 
 def seconds_of(manifest: dict) -> float:

@@ -167,6 +167,20 @@ def link(name: str, main: ArtifactStore, store: ArtifactStore) -> None:
     assert published["digest"] == manifest["digest"], f"{name}: the shared files differ from the original ones"
 
 
+def rlhf_words(stage: str, config: str, artifacts: str, name: str, settings: Sequence[str]) -> list[str]:
+    """Return the command that brings a stage of an experiment up to date, to be run in ROOT.
+
+    Args:
+        stage: The stage.
+        config: The YAML file.
+        artifacts: Folder of all experiments.
+        name: Name of the experiment.
+        settings: Its settings, as `key=value`; the last of a key counts.
+    """
+    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
+    return [*words, "run", stage, "-c", config, "--artifacts", artifacts, f"name={name}", *settings]
+
+
 def run_rlhf(
     args: Namespace, stop: StopFlag, stage: str, name: str, settings: Sequence[str], called: str | None = None
 ) -> None:
@@ -184,8 +198,7 @@ def run_rlhf(
         Interrupted: The stage did not end well, and a signal had come.
         UserError: The stage did not end well.
     """
-    words = [sys.executable, "-c", "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"]
-    words += ["run", stage, "-c", args.config, "--artifacts", args.artifacts, f"name={name}", *settings]
+    words = rlhf_words(stage, args.config, args.artifacts, name, settings)
     code = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
     if code:
         raise (
