@@ -1,4 +1,4 @@
-"""Keep the tests quiet and offline, and start the longest files first.
+"""Keep the tests quiet, offline and repeatable, and start the longest files first.
 
 The environment is the one that `rlhf` sets before its imports. The copies that transformers makes
 of models' own code go to a temporary folder.
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipeline.launch.environment import set_environment
@@ -17,6 +18,15 @@ MODULES = tempfile.TemporaryDirectory(prefix="rlhf-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 set_environment({})
 sys.path.insert(0, str(Path(__file__).parent))  # remote_model
+# Generated inputs are the same in each run, and a busy machine fails no test.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent
 LONGEST = (

@@ -67,7 +67,7 @@ class Server:
     def stop(self):
         """Ask it to end, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(30)
+        code = self.process.wait(90)
         self.process.stdout.close()
         return code
 
@@ -91,7 +91,7 @@ class Browser:
             headers |= {"Content-Type": "application/json", "Origin": f"http://{self.server.host}:{self.server.port}"}
         try:
             if self.connection is None:
-                self.connection = http.client.HTTPConnection(self.server.host, self.server.port, timeout=30)
+                self.connection = http.client.HTTPConnection(self.server.host, self.server.port, timeout=120)
             self.connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = self.connection.getresponse()
             raw = answer.read()
@@ -115,7 +115,7 @@ class Browser:
         return found["assignment"]
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=60):
     """Wait for a condition, and fail if it does not come."""
     end = time.monotonic() + seconds
     while not condition():

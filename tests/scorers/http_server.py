@@ -62,13 +62,15 @@ def serving(answer: Callable[[dict, int], Given | Any], port: int = 0) -> Iterat
                 served.most_at_once = max(served.most_at_once, now[0])
             try:
                 given = answer(body, number)
-                self.send(given if isinstance(given, Given) else Given(given))
+                given = given if isinstance(given, Given) else Given(given)
+                time.sleep(given.seconds)
             finally:
+                # before the answer goes: a client that has it may ask again at once
                 with lock:
                     now[0] -= 1
+            self.send(given)
 
         def send(self, given):
-            time.sleep(given.seconds)
             content = given.body if isinstance(given.body, bytes) else json.dumps(given.body).encode()
             with contextlib.suppress(OSError):
                 self.send_response(given.status)

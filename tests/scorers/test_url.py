@@ -246,9 +246,9 @@ def test_what_poll_raises_ends_the_wait(tokenizer):
             raise Signal
 
     request = request_for(tokenizer, ROWS, RESPONSES, poll=poll)
-    with serving(lambda *_: Given({}, seconds=5)) as served, pytest.raises(Signal):
-        scorer_of(served.url, timeout=30.0).score(request)
-    assert time.monotonic() - began < 1.2
+    with serving(lambda *_: Given({}, seconds=120)) as served, pytest.raises(Signal):
+        scorer_of(served.url, timeout=120.0).score(request)
+    assert time.monotonic() - began < 30
 
 
 # -- records and keys ------------------------------------------------------------------------------

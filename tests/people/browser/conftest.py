@@ -80,10 +80,10 @@ class Server:
         (self.folder / "options.json").write_text(json.dumps(self.options), encoding="utf-8")
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        end = monotonic() + 60
+        end = monotonic() + 180
         while monotonic() < end and self.process.poll() is None:
             with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=5)
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=60)
                 return
             sleep(0.05)
         raise AssertionError((self.folder / "server.log").read_text())
@@ -139,7 +139,7 @@ def visit(chromium):
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
         window = context.new_page()
-        window.set_default_timeout(15_000)
+        window.set_default_timeout(60_000)
         window.on("pageerror", lambda error: errors.append(str(error)))
         window.on("dialog", lambda dialog: dialog.accept())
         window.goto(address or server.address)

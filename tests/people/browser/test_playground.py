@@ -39,6 +39,8 @@ def ask(window, text):
     window.get_by_label("Your message").fill(text)
     window.get_by_role("button", name="Send").click()
     window.locator(".exchange").nth(before).wait_for()
+    window.locator(".exchange").nth(before).locator("article[aria-busy=false]").first.wait_for()
+    window.locator("article[aria-busy=true]").first.wait_for(state="hidden")
     window.get_by_role("button", name="Stop").wait_for(state="hidden")
 
 

@@ -48,7 +48,7 @@ class Server:
         """Send a signal, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
     def stopped(self):
         """Return what was stopped before its end."""

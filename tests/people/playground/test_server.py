@@ -21,13 +21,13 @@ def server(tmp_path):
 
 
 def person(server):
-    client = httpx.Client(base_url=server.origin, headers={"X-RLHF": "1"}, timeout=30)
+    client = httpx.Client(base_url=server.origin, headers={"X-RLHF": "1"}, timeout=120)
     assert client.get("/", params={"token": server.token}).status_code == 200
     client.get("/api/setup")
     return client
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -41,7 +41,9 @@ def events(response):
 
 
 def programs(server):
-    return httpx.Client(base_url=f"{server.origin}/v1", headers={"Authorization": f"Bearer {server.token}"}, timeout=30)
+    return httpx.Client(
+        base_url=f"{server.origin}/v1", headers={"Authorization": f"Bearer {server.token}"}, timeout=120
+    )
 
 
 def asked(text, **more):
@@ -89,7 +91,7 @@ def test_a_signal_ends_answers_and_the_server(server, number):
     thread.start()
     wait_for(lambda: len(found) > 3)
     assert server.stop(number) == 0
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert not thread.is_alive() and int(server.stopped()[0].split()[1]) < 399
     assert found[-2]["sentence"] == "the server is stopping" and found[-1]["type"] == "end"
     assert "Traceback" not in server.log.read_text()

@@ -89,7 +89,7 @@ def test_collective_operations_of_two_processes():
     port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
     queue = mp.get_context("spawn").Queue()
     mp.spawn(worker, (port, queue), nprocs=2, join=True)
-    seen = dict(queue.get(timeout=10) for _ in range(2))
+    seen = dict(queue.get(timeout=60) for _ in range(2))
     assert seen[0]["spread"] == seen[1]["spread"]
     assert sorted(x - y for x, y in zip(seen[0]["spread"], [10, 20, 30], strict=True)) in ([0, 0, 1], [0, 1, 1])
     assert seen[0]["one item"] == seen[1]["one item"] == ["only"]

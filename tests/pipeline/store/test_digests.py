@@ -100,7 +100,7 @@ def test_threads_read_the_largest_first_and_answer_in_order(tmp_path, monkeypatc
     names, started = ["a", "bbb", "cc"], []
     for name in names:
         (tmp_path / name).write_text(name)
-    barrier = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=60)
 
     def read(path):
         started.append(path.name)

@@ -137,7 +137,7 @@ def test_wandb_offline_is_written_again_after_a_resume(tmp_path, wandb_offline):
     [folder] = run.file("wandb").glob("offline-run-*")
     assert folder.name.endswith(run.run_id)
     rows = []
-    for _ in range(100):  # wandb's service writes the file a moment after the run is finished
+    for _ in range(600):  # wandb's service writes the file a moment after the run is finished
         rows = history(run.file("wandb"))
         if len(rows) == 16:
             break

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,9 @@ def test_a_tracker_that_takes_the_process_with_it_is_one_warning(world, standin,
     monkeypatch.setenv("TROUBLE", "aim.track:die")
     world.run("fit", "tracking.with=[aim,dvclive]")
     said = capsys.readouterr().err
-    assert said.startswith("warning: aim, dvclive failed (its process ended with signal 9)") and said.count("\n") == 1
+    lost = re.fullmatch(r"warning: (.*) failed \(its process ended with signal 9\);.*\n", said)[1].split(", ")
+    assert lost in (["aim", "dvclive"], ["aim"])
+    assert "dvclive" in lost or sent(standin, "dvclive") == written(world), "it may have had all rows before that"
     assert world.store.manifest("fit")["tracker_run_id"] is None and len(written(world)) == 12
 
 

@@ -115,7 +115,7 @@ def test_ids_of_the_same_tokenizer_are_read_as_they_were_sampled(server, store, 
     def score(name, response):
         ids = [{"tokenizer": name, "prompt": prompt, "response": response}]
         body = {"prompts": ["hi"], "responses": ["fox"], "finished": [False], "ids": ids}
-        return post_json(url, body, timeout=9)["scores"][0]
+        return post_json(url, body, timeout=60)["scores"][0]
 
     ours = tokenizer_fingerprint(tokenizer)
     accelerator = make_accelerator("cpu", "float32")
@@ -130,7 +130,7 @@ def test_ids_of_the_same_tokenizer_are_read_as_they_were_sampled(server, store, 
 
 def test_a_folder_is_served_too(server, store):
     url, *_ = server(model=str(store.folder("rm") / "ensemble" / "1"))
-    assert len(post_json(url, {"prompts": ["hi"], "responses": ["red"]}, timeout=5)["scores"]) == 1
+    assert len(post_json(url, {"prompts": ["hi"], "responses": ["red"]}, timeout=60)["scores"]) == 1
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
     connection.request("GET", "/health")
     answer = connection.getresponse()
@@ -176,17 +176,17 @@ def test_limits_of_a_request(server):
         with pytest.raises(RequestFailed, match=words):
             post_json(url, body, timeout=20)
     with pytest.raises(RequestFailed, match=r"HTTP 404: there is nothing at this address; POST to /score"):
-        post_json(url.replace("/score", "/reward"), {}, timeout=5)
+        post_json(url.replace("/score", "/reward"), {}, timeout=60)
     assert raw(url, b"POST /score HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.0 411 ")
     assert raw(url, b"DELETE /score HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.0 501 ")
     assert raw(url, b"\x16\x03\x01\r\n\r\n").split(b"\r\n\r\n")[-1].startswith(b'{"error": ')
-    assert len(post_json(url, {"prompts": ["hi"], "responses": ["red"]}, timeout=5)["scores"]) == 1
+    assert len(post_json(url, {"prompts": ["hi"], "responses": ["red"]}, timeout=60)["scores"]) == 1
 
 
 def raw(url, request):
     """Return the bytes that the server answers to some bytes."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=5) as connection:
+    with socket.create_connection((parts.hostname, parts.port), timeout=60) as connection:
         connection.sendall(request)
         answer = b""
         while chunk := connection.recv(4096):
@@ -200,8 +200,8 @@ def test_a_key_is_asked_for(server, monkeypatch):
     body = {"prompts": ["hi"], "responses": ["red"]}
     for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sk-secret"}):
         with pytest.raises(RequestFailed, match="HTTP 401: the key is missing or wrong"):
-            post_json(url, body, timeout=5, headers=headers)
-    assert post_json(url, body, timeout=5, headers={"Authorization": "Bearer sk-secret"})["scores"]
+            post_json(url, body, timeout=60, headers=headers)
+    assert post_json(url, body, timeout=60, headers={"Authorization": "Bearer sk-secret"})["scores"]
 
 
 def test_a_request_that_has_come_is_answered_before_the_end():
@@ -217,20 +217,20 @@ def test_a_request_that_has_come_is_answered_before_the_end():
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     answers = []
     body = {"prompts": ["hi"], "responses": ["red"]}
-    asking = threading.Thread(target=lambda: answers.append(post_json(server.url, body, timeout=5)))
+    asking = threading.Thread(target=lambda: answers.append(post_json(server.url, body, timeout=60)))
     asking.start()
-    assert inside.wait(5)
+    assert inside.wait(60)
     server.finish()
-    asking.join(5)
+    asking.join(60)
     assert answers == [{"scores": [1.0]}]
     with pytest.raises(RequestFailed, match="cannot be reached"):
-        post_json(server.url, body, timeout=5)
+        post_json(server.url, body, timeout=60)
 
 
 def test_a_signal_ends_it(server):
     _, stop, thread = server()
     stop.requested = True
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_fails_is_an_error_of_the_server(scores):
     server = RewardServer("127.0.0.1", 0, score, {}, None)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.raises(RequestFailed, match="HTTP 500: scoring failed"):
-        post_json(server.url, {"prompts": ["hi"], "responses": ["red"]}, timeout=9)
+        post_json(server.url, {"prompts": ["hi"], "responses": ["red"]}, timeout=60)
     server.finish()
 
 
