@@ -31,7 +31,7 @@ from stages.evaluation.statistics import agreement_figures, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
-from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of
+from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of, with_noise
 from stages.scorers.scorer import ScorerSpec
 from stages.settings.experiment import Experiment
 from stages.settings.policies import judge_share
@@ -228,20 +228,29 @@ def publish_by_scorers(
     }
     positions = np.array([position_of(keys[prompt_key(one.prompt)]) for one in rankings])
     split = split_rankings(positions, np.full(len(rankings), -1), [], settings.validation_fraction, judge)
+    by_prompt, figures = [[one] for one in rankings], {}
+    if settings.scorer_agreement is not None:
+        counts = [2 if side == kept_rankings.VALIDATION else 1 for side in split.sides]
+        by_prompt, figures = with_noise(rankings, counts, settings.scorer_agreement, session.seed)
+        figures |= agreement_figures(
+            one for i in np.flatnonzero(split.sides == kept_rankings.VALIDATION) for one in by_prompt[i]
+        )
     sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
     if judge:
         sides["judge"] = kept_rankings.JUDGE
+    published = {}
     for name, side in sides.items():
-        some = [rankings[i] for i in np.flatnonzero(split.sides == side)]
-        refuse_no_pair(name, len(some), sum(usable_pairs(one) for one in some))
-        write_jsonl(ctx.publish / f"{name}.jsonl", some)
+        published[name] = [one for i in np.flatnonzero(split.sides == side) for one in by_prompt[i]]
+        refuse_no_pair(name, len(published[name]), sum(usable_pairs(one) for one in published[name]))
+        write_jsonl(ctx.publish / f"{name}.jsonl", published[name])
     every = [score for ranking in rankings for score in ranking.scores or ()]
     return {
-        "rankings": len(rankings),
-        "pairs": sum(usable_pairs(ranking) for ranking in rankings),
-        **{name: split.count(side) for name, side in sides.items()},
+        "rankings": sum(map(len, published.values())),
+        "pairs": sum(usable_pairs(one) for some in published.values() for one in some),
+        **{name: len(some) for name, some in published.items()},
         "score": float(np.mean(every)),
         "unfinished": responses.unfinished_share,
+        **figures,
         **session.notes.figures,
     }
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from data.encode import encode_prompts, encode_responses
 from data.forms.scores import ranks_of_scores
 from data.records import Ranking
+from data.streams import derive_seed
+from data.world import labelers
 from pipeline.errors import UserError
 from pipeline.launch import parallel
 from stages.scorers.scorer import ScorerDropped, ScoreRequest, ScorerLost, ScorerSpec
@@ -85,6 +89,47 @@ def rank_by_scorers(
             )
         )
     return rankings
+
+
+def with_noise(
+    rankings: Sequence[Ranking], counts: Sequence[int], agreement: float, seed: int
+) -> tuple[list[list[Ranking]], dict[str, float]]:
+    """Rank responses again as labelers do who see their scores with noise.
+
+    A labeler ranks by score / temperature + Gumbel noise (Plackett–Luce); the temperature is such
+    that two labelers agree on as many pairs as asked.
+
+    Args:
+        rankings: Rankings of the responses to each prompt by their scores.
+        counts: The number of labelers who rank each prompt.
+        agreement: How often two labelers agree on a pair of different responses.
+        seed: The experiment's seed.
+
+    Returns:
+        For each prompt a ranking by each of its labelers, without scores, which no labeler gives;
+        figures for the manifest: the noise (a temperature), and what agreement it leads to.
+
+    Raises:
+        UserError: No two responses to a prompt differ in their score.
+    """
+    seen = [np.array([one.scores, one.scores], float) for one in rankings]  # by two labelers of one taste
+    answers = [one.answers for one in rankings]
+    try:
+        noise = labelers.calibrate_noise(seen, answers, agreement)
+    except ValueError as problem:
+        raise UserError(
+            f"rankings.scorer_agreement: {problem}; the scorer gives most responses to a prompt the same score"
+        ) from None
+    noisy = []
+    for index, (one, count) in enumerate(zip(rankings, counts, strict=True)):
+        by_labeler = []
+        for k in range(count):
+            rng = np.random.default_rng(derive_seed(seed, "rank", index, k))
+            ranks = labelers.rank(seen[index][k], noise, rng, answers[index])
+            name = f"labeler {k + 1}"
+            by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=tuple(ranks), labeler=name, scores=None))
+        noisy.append(by_labeler)
+    return noisy, {"noise": noise, "expected_agreement": labelers.expected_agreement(seen, answers, noise)}
 
 
 def score_share(

@@ -182,6 +182,14 @@ def word_list(settings: settings_of.WordListRule) -> Callable[[Response], Score]
     return lambda response: (words.listed_score(listed, response.text, settings.score), {})
 
 
+def sentiment(settings: settings_of.SentimentRule) -> Callable[[Response], Score]:
+    """Return the rule `sentiment`."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda response: (0.5 + 0.5 * analyzer.polarity_scores(response.text)["compound"], {})
+
+
 def instruction_rule(settings: settings_of.InstructionsRule) -> Callable[[Response], Score]:
     """Return the rule `instructions`, with a part for each instruction."""
     of_all = settings.of_settings()
@@ -207,6 +215,7 @@ RULES: dict[type[settings_of.RuleSection], Callable[[Any], Callable[[Response], 
     settings_of.TokensRule: length(lambda response: len(response.ids)),
     settings_of.RepetitionRule: repetition,
     settings_of.WordListRule: word_list,
+    settings_of.SentimentRule: sentiment,
     settings_of.InstructionsRule: instruction_rule,
 }
 """Class of a rule's settings → what makes the rule."""

@@ -62,6 +62,14 @@ class RankingsSettings(Section):
         "(stages/scorers/README.md); the best weighted sum is rank 1. null: people, or simulated labelers",
     )
     tie_within: float | None = setting(None, "largest difference of two scores of scorer that are a tie; null: 0", ge=0)
+    scorer_agreement: float | None = setting(
+        None,
+        "how often two labelers agree who see the score of scorer with noise of their own (InstructGPT: 0.726); sets "
+        "the noise. Two of them rank a prompt that is held out, one ranks any other. null: ranks follow the score "
+        "itself",
+        gt=0.5,
+        lt=1,
+    )
     rollout: EngineSettings | None = setting(None, OF_FINISHED)
 
 
@@ -108,12 +116,16 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
     """Return a line for each mistake in what ranks."""
     settings = experiment.rankings
     if settings.scorer is None:
-        if settings.tie_within is None:
-            return []
-        return ["rankings.tie_within: has no effect without rankings.scorer; set it, or leave this out"]
+        return [
+            f"rankings.{key}: has no effect without rankings.scorer; set it, or leave this out"
+            for key in ("tie_within", "scorer_agreement")
+            if getattr(settings, key) is not None
+        ]
     lines = scorer_problems("rankings.scorer", settings.scorer)
     if "rm" in scorer_stages(settings.scorer):
         lines.append("rankings.scorer: rm is trained on these rankings; name the folder of another reward model")
+    if settings.scorer_agreement is not None and settings.tie_within is not None:
+        lines.append("rankings.tie_within: with scorer_agreement no two scores are equal; leave one of them out")
     if experiment.data.rankings is not None:
         lines.append("rankings.scorer: has no effect beside data.rankings; leave one of them out")
     return lines

@@ -179,7 +179,7 @@ def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place
     """Write the config that a measurement runs with, and return where it runs."""
     size = SIZES[args.size]
     base = Place(size.name, args.config or str(ROOT / size.config), args.artifacts, args.folder / "lines", stop)
-    if measurement.config is None:
+    if measurement.config is None or args.size == "micro":
         return derived(base, size.name, [*size.settings, *args.overrides])
     own = Place(size.name, str(ROOT / measurement.config), args.artifacts, base.lines, stop)
     return derived(own, f"{size.name}-{measurement.key}", args.overrides)
@@ -187,8 +187,19 @@ def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place
 
 def files_of(args: Namespace, place: Place, measurement: Measurement) -> dict[int, Kept]:
     """Return the file of a measurement on each seed; `place` is where it runs."""
-    settings = measurement.settings[args.size]
-    return {seed: kept_of(args.folder / "measured", measurement, place, seed, settings) for seed in args.seeds}
+    settings, seeds = measurement.settings[args.size], seeds_of(args, measurement)
+    return {seed: kept_of(args.folder / "measured", measurement, place, seed, settings) for seed in seeds}
+
+
+def seeds_of(args: Namespace, measurement: Measurement) -> list[int]:
+    """Return the seeds that a measurement runs on: as many of the size's as are enough."""
+    spared = SIZES[args.size].seeds[measurement.seeds :] if measurement.seeds else ()
+    return [seed for seed in args.seeds if seed not in spared]
+
+
+def fewest_seeds(measurement: Measurement) -> int:
+    """Return the number of seeds below which a verdict on a measurement is marked as quick."""
+    return min(FEWEST_SEEDS, measurement.seeds or FEWEST_SEEDS)
 
 
 def entry_of(args: Namespace, row: Row) -> Entry:
@@ -202,7 +213,7 @@ def entry_of(args: Namespace, row: Row) -> Entry:
         row=row,
         finding=finding_of(row, observed),
         plots=[replace(plot, name=f"{row.key}-{plot.name}") for plot in row.plots(observed)] if observed else [],
-        quick=args.size != "whole" or len(records) < FEWEST_SEEDS,
+        quick=args.size != "whole" or len(records) < fewest_seeds(row.measurement),
         command=command_of(args, row),
         minutes=sum(record["seconds"] for record in records.values()) / 60 if records else None,
         commit=", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records.values())),

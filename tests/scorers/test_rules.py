@@ -128,6 +128,15 @@ def test_maths(text, answer, right):
     assert total == [float(right)] and parts == {"marked": [float("####" in text or "boxed" in text)]}
 
 
+def test_sentiment_is_half_of_vaders_compound_score_and_a_half():
+    vader = pytest.importorskip("vaderSentiment.vaderSentiment")
+    texts = ["A wonderful, moving film!", "A dull and awful bore.", "The film lasts two hours.", ""]
+    found, _ = score(texts, [{}] * 4, rule="sentiment")
+    alone = [vader.SentimentIntensityAnalyzer().polarity_scores(text)["compound"] for text in texts]
+    assert found == pytest.approx([(1 + one) / 2 for one in alone], abs=1e-6)
+    assert found[0] > 0.8 > 0.5 == found[2] == found[3] > 0.2 > found[1]
+
+
 def test_maths_with_several_right_answers():
     pytest.importorskip("math_verify")
     assert score(["\\boxed{-2}", "\\boxed{3}"], [{"answer": [2, -2]}] * 2, rule="maths")[0] == [1, 0]
@@ -327,7 +336,7 @@ def test_every_rule_has_a_runtime_and_refuses_other_settings(rule):
     assert settings.default_name() == rule
     if rule == "instructions":
         settings = RULES[rule](rule=rule, lower_case=True)
-    if rule != "maths":
+    if rule not in ("maths", "sentiment"):  # these need a package that is an extra
         row = {"answer": "A"}
         request = ScoreRequest([[1]], [[ord("A"), 0]], Spelled(), data_rows=[row])
         scores = make_scorer(ScorerSpec(None, 0, None, 1, settings=settings)).score(request)
@@ -338,7 +347,11 @@ def test_every_rule_has_a_runtime_and_refuses_other_settings(rule):
 
 @pytest.mark.parametrize(
     "settings, package",
-    [({"rule": "maths"}, "math_verify"), ({"rule": "json", "schema_file": "schema.json"}, "jsonschema")],
+    [
+        ({"rule": "maths"}, "math_verify"),
+        ({"rule": "sentiment"}, "vaderSentiment"),
+        ({"rule": "json", "schema_file": "schema.json"}, "jsonschema"),
+    ],
 )
 def test_a_package_that_is_missing_is_a_line(monkeypatch, settings, package):
     made = RULES[settings["rule"]](**settings)

@@ -1,11 +1,15 @@
 """Test rankings by scorers: what is ranked, what is a tie, and that rm and dpo learn from it."""
 
+import itertools
 import json
+import random
 
 import pytest
 
+from data.records import Ranking
 from pipeline import fingerprints
 from pipeline.errors import UserError
+from stages.scorers.labels import with_noise
 
 SMALL = ["data.rankings=null", "rankings.samples_per_prompt=4", "rankings.response_length=6", "rankings.max_length=64"]
 BY_WORDS = (
@@ -53,6 +57,49 @@ def test_some_are_kept_for_a_judge_where_that_is_asked(chain, tmp_path):
     assert by_prompt == sorted(none.rows("train.jsonl"), key=lambda row: row["prompt"])
 
 
+def test_labelers_who_see_the_score_with_noise_agree_as_often_as_asked(chain, tmp_path):
+    """Two rank what is held out, one the rest; nobody but the scorer knows the scores."""
+    exact = chain.run("rankings", tmp_path / "exact", *SMALL, BY_WORDS)
+    done = chain.run("rankings", tmp_path / "noisy", *SMALL, BY_WORDS, "rankings.scorer_agreement=0.6")
+    assert done.figures["expected_agreement"] == pytest.approx(0.6, abs=1e-4) and done.figures["noise"] > 0
+    for name, labelers in (("train", ["labeler 1"]), ("validation", ["labeler 1", "labeler 2"])):
+        rows, known = done.rows(f"{name}.jsonl"), exact.rows(f"{name}.jsonl")
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in known for _ in labelers]
+        assert [row["labeler"] for row in rows] == labelers * len(known) and not any("scores" in row for row in rows)
+        assert len({row["id"] for row in rows}) == len(rows)
+    assert done.figures["rankings"] == len(done.rows("train.jsonl")) + len(done.rows("validation.jsonl"))
+    assert 0 <= done.figures["labeler_agreement"] <= 1 and "labeler_agreement" not in exact.figures
+    again = chain.run("rankings", tmp_path / "again", *SMALL, BY_WORDS, "rankings.scorer_agreement=0.6")
+    assert again.rows("train.jsonl") == done.rows("train.jsonl")
+
+
+def ranking(index, scores):
+    responses = tuple(f"{index} {k}" for k in range(len(scores)))
+    ranks = tuple(1 + sum(other > score for other in scores) for score in scores)
+    return Ranking(f"{index}", f"prompt {index}", responses, ranks, scores=tuple(scores))
+
+
+def test_the_agreement_of_noisy_labelers_is_what_their_noise_says():
+    """Counted over many pairs of labelers; and they follow the score more often than not."""
+    drawn = random.Random(0)
+    rankings = [ranking(i, [drawn.gauss(0, 1) for _ in range(4)]) for i in range(1500)]
+    noisy, figures = with_noise(rankings, [2] * len(rankings), 0.726, seed=0)
+    same, right, pairs = 0, 0, 0
+    for known, (one, other) in zip(rankings, noisy, strict=True):
+        for i, j in itertools.combinations(range(4), 2):
+            first, second = one.ranks[i] < one.ranks[j], other.ranks[i] < other.ranks[j]
+            same, pairs = same + (first == second), pairs + 1
+            right += first == (known.scores[i] > known.scores[j])
+    assert same / pairs == pytest.approx(0.726, abs=0.015)
+    assert right / pairs == pytest.approx(0.83, abs=0.03)
+    assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6)
+
+
+def test_equal_scores_leave_nothing_to_agree_on():
+    with pytest.raises(UserError, match=r"rankings.scorer_agreement: .* gives most responses to a prompt the same"):
+        with_noise([ranking(0, [1.0, 1.0, 1.0])], [2], 0.726, seed=0)
+
+
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
 def test_what_was_ranked_trains_the_next_stages(chain, tmp_path, stage):
     done = chain.run("rankings", tmp_path / "rankings", *SMALL, BY_WORDS)
@@ -88,6 +135,11 @@ def test_another_reward_model_and_a_function_rank(chain, tmp_path):
         (["rankings.scorer=[{rule: words, at_most: 3}]"], "rankings.scorer: has no effect beside data.rankings"),
         ([*SMALL, "rankings.scorer=[{model: rm}]"], "rankings.scorer: rm is trained on these rankings"),
         (["rankings.tie_within=0.1"], "rankings.tie_within: has no effect without rankings.scorer"),
+        (["rankings.scorer_agreement=0.7"], "rankings.scorer_agreement: has no effect without rankings.scorer"),
+        (
+            [*SMALL, BY_WORDS, "rankings.tie_within=0.1", "rankings.scorer_agreement=0.7"],
+            "rankings.tie_within: with scorer_agreement",
+        ),
         ([*SMALL, "rankings.scorer=[{rule: words}]"], "rankings.scorer[0].rule: words has no limit"),
     ],
 )

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".versions"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
 """The lowest that pyproject.toml allows, to the newest for which torch has a build."""
-EXTRAS = "dev,math,schema,tensorboard"
+EXTRAS = "dev,math,schema,sentiment,tensorboard"
 """What is installed beside the dependencies: the tests of other extras are skipped."""
 SHOWN = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy")
 LISTED = 20

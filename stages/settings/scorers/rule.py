@@ -291,6 +291,22 @@ class WordListRule(RuleSection):
         return list(dict.fromkeys(word.strip() for word in given if word.strip()))
 
 
+class SentimentRule(RuleSection):
+    """Score how positive a response is: 0 is most negative, 0.5 neutral, 1 most positive.
+
+    By the lexicon and rules of VADER (Hutto & Gilbert 2014), for English: half its compound score
+    and a half.
+    """
+
+    rule: Literal["sentiment"] = setting(..., "sentiment")
+
+    def missing(self, key: str) -> list[str]:
+        """Return a line if vaderSentiment is not installed."""
+        if importlib.util.find_spec("vaderSentiment") is None:
+            return [f"{key}.rule: sentiment needs vaderSentiment; .venv/bin/pip install -e '.[sentiment]'"]
+        return []
+
+
 # ── instructions ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -369,6 +385,7 @@ RULES: dict[str, type[RuleSection]] = {
     "instructions": InstructionsRule,
     "repetition": RepetitionRule,
     "word_list": WordListRule,
+    "sentiment": SentimentRule,
 }
 """Name of a rule → the class of its settings."""
 
@@ -386,5 +403,6 @@ Rule = (
     | Annotated[InstructionsRule, Tag("InstructionsRule")]
     | Annotated[RepetitionRule, Tag("RepetitionRule")]
     | Annotated[WordListRule, Tag("WordListRule")]
+    | Annotated[SentimentRule, Tag("SentimentRule")]
 )
 """The settings of any rule; the tag is the name of the class."""

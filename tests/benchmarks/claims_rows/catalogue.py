@@ -12,6 +12,7 @@ from claims_rows import (
     overoptimisation,
     proxies,
     reward_models,
+    sentiment,
     tax,
     tied,
     whole_rankings,
@@ -22,7 +23,7 @@ from claims_rows.row import Measurement, Row
 ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
     *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *direct.ROWS,
-    *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
+    *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS, *sentiment.ROWS,
 )  # fmt: skip
 
 

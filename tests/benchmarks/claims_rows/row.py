@@ -78,6 +78,8 @@ class Measurement:
     """Size of `make claims` → the measurement's own settings, as JSON values."""
     config: str | None = None
     """A config of its own (from the checkout's root), in every size; None: that of the size."""
+    seeds: int | None = None
+    """How many of the size's seeds are enough, where each takes long; None: all."""
     version: int = 1
     """Raised where a change of the code changes what is found: kept results are then not used."""
 

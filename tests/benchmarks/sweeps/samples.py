@@ -18,6 +18,7 @@ from stages import evaluate
 from stages.evaluation.forms import form_of_base
 from stages.evaluation.judges import REWARD_MODEL
 from stages.evaluation.measuring import answer_prompts, measured_of, with_judge, with_reference
+from stages.evaluation.panel import Panel, PeoplesPairs, judge_all
 from stages.evaluation.results import perplexity_estimate
 from stages.settings import evaluate as evaluate_settings
 from stages.settings.experiment import Experiment
@@ -29,6 +30,7 @@ class SamplesSettings(evaluate_settings.EvaluateSettings):
     """Configure the stage: evaluate's settings (`policies` and `best_of` unused), and a policy."""
 
     policy: Literal["base", "sft", "ppo", "dpo"] = setting("sft", "policy that is sampled")
+    gold_judge: str | None = setting(None, "judge of `judges` whose scores are gold, where there is no gold scorer")
 
 
 class SweepExperiment(Experiment):
@@ -50,8 +52,9 @@ def reads(experiment: Any) -> list[str]:
 def run(ctx: StageRun) -> dict:
     """Sample a policy and measure the samples.
 
-    Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer), `lengths` and
-    `finished` are lists of N values for each of P prompts. `clusters` has the task of each prompt
+    Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer and a `gold_judge`),
+    `lengths` and `finished` are lists of N values for each of P prompts. `clusters` has the task of
+    each prompt
     (the prompt itself if tasks are not known), `known` whether training data contains that task
     (null if tasks are not known). `asked` is the form of the prompts.
 
@@ -74,6 +77,11 @@ def run(ctx: StageRun) -> dict:
         progress.update(1)
     measured = measured_of(tools, answered, prompts)
     gold = measured.gold and [[scores["overall"] for scores in row] for row in measured.gold]
+    if c.gold_judge is not None:
+        nobody = PeoplesPairs([], [], [], [])
+        records = session.checkpoints.folder / "scores"
+        panel = Panel(c.named_judges, nobody, 0.0, records, session.seed, session.say, ctx.trust_remote_code)
+        gold = judge_all(panel, c.gold_judge, tools, prompts, {c.policy: measured}, poll).scores[c.policy]
     perplexity = perplexity_estimate(measured.text_losses)
     clusters = prompts.clusters
     if prompts.world is None:

@@ -1,0 +1,155 @@
+"""Rows of controlled sentiment on a real model: reward against KL, where a lexicon is gold."""
+
+from sweeps.estimates import SAME
+
+from claims_rows.conditions import Wanted, points_of
+from claims_rows.overoptimisation import both, gap, plot_of
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus
+from claims_rows.verdicts import Rule
+from stages.page.plot import Plot
+
+PART = "Controlled sentiment on SmolLM2-135M"
+NOTE = (
+    "SmolLM2-135M-Instruct with LoRA ends sentences of film reviews (configs/sentiment.yaml, chosen on seed 0). Gold "
+    "is how positive the lexicon VADER finds the end, 0 to 1. With what people say of such sentences as a whole it "
+    "correlates by 0.3 only, so it is the truth of this task, not people's. Three seeds, for time: intervals are wide."
+)
+SEEDS = 3
+"""Seeds of a whole run: each takes an hour or so on two cores."""
+
+
+def run(place: Place, seed: int, settings: dict) -> dict:
+    """Train PPO and DPO over their penalties, PPO on gold, and on preferred answers alone."""
+    from sweeps.runner import ExperimentRunner
+
+    chain = ExperimentRunner(place.config, [], place.stop).main_experiment()
+    own = {"ppo": chain.ppo.kl_coef, "dpo": chain.dpo.beta}
+    ns = tuple(2**i for i in range(settings["doublings"] + 1))
+    wanted = [Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)]
+    for method, extra in (("ppo", ()), ("ppo_gold", (f"ppo.rewards={settings['gold']}",))):
+        values = {*settings["kl_coefs"], *([own["ppo"]] if method == "ppo" else [])}
+        wanted += [Wanted(method, value, "ppo", (*extra, f"ppo.kl_coef={value!r}")) for value in sorted(values)]
+    for beta in sorted({*settings["betas"], own["dpo"]}):
+        wanted.append(Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)))
+    wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
+    judged = () if settings["judge"] is None else (f"samples.gold_judge={settings['judge']}",)
+    wanted = [Wanted(one.method, one.value, one.policy, (*one.overrides, *judged), one.best_of) for one in wanted]
+    points = points_of(place, seed, "sentiment", wanted, settings["samples"], "dpo")
+    points = [point | {"value": point.get("n", point["value"])} for point in points]
+    return {"points": points, "own": own}
+
+
+LEXICON = {"gold": "[{rule: sentiment, weight: 4.0}]", "judge": "sentiment"}
+"""Gold as PPO's reward, on the scale of a reward model, and as the judge."""
+MEASUREMENT = Measurement(
+    "sentiment",
+    "SmolLM2-135M on film reviews: PPO and DPO over their penalties, PPO on gold, best of n",
+    run,
+    {
+        "whole": {"kl_coefs": [0.02, 0.2], "betas": [0.05, 0.5], "doublings": 3, "samples": 4, **LEXICON},
+        "quick": {"kl_coefs": [0.2], "betas": [0.5], "doublings": 2, "samples": 2, **LEXICON},
+        "micro": {
+            "kl_coefs": [0.02, 0.5],
+            "betas": [0.5, 1.0],
+            "doublings": 2,
+            "samples": 2,
+            "gold": "[{rule: words, at_most: 3, tolerance: 6}]",
+            "judge": None,
+        },
+    },
+    config="configs/sentiment.yaml",
+    seeds=SEEDS,
+)
+
+
+def own(method: str, figure: str) -> Read:
+    """Return a reader of a method's figure at the config's own setting; SFT is best of 1."""
+
+    def read(found: dict) -> float | None:
+        value = found["own"].get(method, 1)
+        points = [p for p in found["points"] if p["method"] == method and p["value"] == value]
+        return points[0][figure] if points else None
+
+    return read
+
+
+SFT = "best_of_n"
+
+
+def perplexity_ratio(method: str) -> Read:
+    """Return a reader of a method's perplexity of held-out text as a multiple of SFT's, less 1."""
+
+    def read(found: dict) -> float | None:
+        ours, theirs = own(method, "perplexity")(found), own(SFT, "perplexity")(found)
+        return None if ours is None or theirs is None else ours / theirs - 1
+
+    return read
+
+
+def frontier(*methods: str) -> Draw:
+    """Return a function that draws gold, and the reward model's score, over KL."""
+    scored = tuple(method for method in methods if method != "ppo_gold")
+
+    def plots(observed: Observed) -> list[Plot]:
+        return both(plot_of(methods, "gold"), plot_of(scored, "score"))(observed)
+
+    return plots
+
+
+EVERY = frontier("dpo", "ppo", "ppo_gold", "best_of_n")
+
+ROWS = (
+    Row(
+        "sentiment-gold",
+        PART,
+        "A reward model of noisy rankings is enough for PPO-ptx to make a real model more positive.",
+        "Ziegler 2019; InstructGPT (Ouyang 2022)",
+        "Fine-tuned on rewards learnt from comparisons, GPT-2's continuations are preferred to its own by most people.",
+        MEASUREMENT,
+        (
+            Figure("gold: PPO-ptx − SFT", minus(own("ppo", "gold"), own(SFT, "gold")), Rule(nothing=SAME, enough=SAME)),
+            Figure("perplexity of C4 against SFT's, as a share", perplexity_ratio("ppo"), Rule("below", than=0.05)),
+        ),
+        EVERY,
+        f"{NOTE} Labelers rank four answers by the lexicon with noise, such that two agree on 72.6 % of pairs.",
+    ),
+    Row(
+        "sentiment-dpo-frontier",
+        PART,
+        "DPO has more of the true reward than PPO at the same KL.",
+        "DPO (Rafailov 2023), figure 2",
+        "On controlled sentiment, DPO's frontier of true reward against KL lies above PPO's at every KL.",
+        MEASUREMENT,
+        (Figure("gold at equal KL: DPO − PPO-ptx", gap("dpo", "ppo"), Rule(nothing=SAME, enough=SAME)),),
+        frontier("dpo", "ppo"),
+        f"{NOTE} PPO has the pretraining gradient, as InstructGPT's; the paper's has none.",
+    ),
+    Row(
+        "sentiment-dpo-over-ppo-on-gold",
+        PART,
+        "DPO has more of the true reward at the same KL even than PPO that is trained on it.",
+        "DPO (Rafailov 2023), figure 2",
+        "Its frontier lies above that of PPO with the true reward.",
+        MEASUREMENT,
+        (Figure("gold at equal KL: DPO − PPO on gold", gap("dpo", "ppo_gold"), Rule(nothing=SAME, enough=SAME)),),
+        frontier("dpo", "ppo_gold"),
+        NOTE,
+    ),
+    Row(
+        "sentiment-dpo-over-preferred",
+        PART,
+        "DPO beats fine-tuning on the preferred answers.",
+        "DPO (Rafailov 2023), figure 2",
+        "Preferred-FT reaches less true reward than DPO.",
+        MEASUREMENT,
+        (
+            Figure(
+                "gold: DPO − SFT on the preferred",
+                minus(own("dpo", "gold"), own("preferred", "gold")),
+                Rule(nothing=SAME, enough=SAME),
+            ),
+        ),
+        frontier("dpo", "best_of_n"),
+        f"{NOTE} The preferred answers are learnt by the loss `sft` of dpo, with DPO's learning rate and steps.",
+    ),
+)
