@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from claims_rows import (
+    climbed,
     demo,
     details,
     direct,
@@ -22,7 +23,7 @@ from claims_rows.row import Measurement, Row
 
 ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
-    *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *direct.ROWS,
+    *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *climbed.ROWS, *direct.ROWS,
     *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS, *sentiment.ROWS,
 )  # fmt: skip
 
