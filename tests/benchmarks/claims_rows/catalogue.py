@@ -12,6 +12,7 @@ from claims_rows import (
     overoptimisation,
     proxies,
     reward_models,
+    rule,
     tax,
     tied,
     whole_rankings,
@@ -23,6 +24,7 @@ ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
     *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *direct.ROWS,
     *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
+    *rule.ROWS,
 )  # fmt: skip
 
 

@@ -78,6 +78,9 @@ class Measurement:
     """Size of `make claims` → the measurement's own settings, as JSON values."""
     config: str | None = None
     """A config of its own (from the checkout's root), in every size; None: that of the size."""
+    micro: tuple[str, ...] | None = None
+    """Settings, as `key=value`, with which the size micro runs on its config in place of the
+    measurement's own, which has a real model; None: on the measurement's own."""
     version: int = 1
     """Raised where a change of the code changes what is found: kept results are then not used."""
 
