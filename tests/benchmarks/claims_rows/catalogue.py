@@ -10,6 +10,7 @@ from claims_rows import (
     in_rounds,
     killed,
     overoptimisation,
+    preferences,
     proxies,
     reward_models,
     rule,
@@ -24,7 +25,7 @@ ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
     *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *direct.ROWS,
     *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
-    *rule.ROWS,
+    *rule.ROWS, *preferences.ROWS,
 )  # fmt: skip
 
 
