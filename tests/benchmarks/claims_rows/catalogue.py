@@ -75,7 +75,7 @@ SIZES = {
         ),
     ),
 }  # fmt: skip
-"""Size → what it means: all that is claimed, within 40 minutes, or only to show that it runs."""
+"""Size → what it means: all that is claimed, less of it, or only to show that it runs."""
 
 
 def measurements(rows: tuple[Row, ...] | list[Row]) -> list[Measurement]:

@@ -28,7 +28,7 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     """
     from ties import read
 
-    place = derived(place, f"{place.name}-own", settings["overrides"])
+    place = derived(place, f"{place.name}-own", ["rankings.judge_fraction=0", *settings["overrides"]])
     if settings["world"]:
         place = with_rankings_of_the_world(place, seed)
     chain = finished_chain(place, seed, "rankings")
@@ -60,8 +60,8 @@ def with_rankings_of_the_world(place: Place, seed: int) -> Place:
     file = Path(place.artifacts) / f"{chain.base.name}-exported.jsonl"
     cut = [pairs_of_rankings([row], seed)[:1] if row["prompt"] in paired else [row] for row in rows]
     write_jsonl(file, [row for some in cut for row in some])
-    options = [f"data.rankings={file}", "rankings.judge_fraction=0", *WORLD]
-    other = derived(place, f"{place.name}-files{seed}", options)  # several seeds may run at a time
+    # The file is that of a seed, and several seeds may run at a time.
+    other = derived(place, f"{place.name}-files{seed}", [f"data.rankings={file}", *WORLD])
     finished_chain(place, seed, "sft", ArtifactStore(place.artifacts, f"{other.name}-seed{seed}"))
     return other
 
