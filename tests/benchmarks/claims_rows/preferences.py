@@ -45,7 +45,7 @@ def run(place: Place, seed: int, settings: dict) -> dict:
 def with_rankings_of_the_world(place: Place, seed: int) -> Place:
     """Export a seed's rankings of the embedded world, and return a place whose data they are.
 
-    Of those of every second prompt a pair is left.
+    Every second prompt keeps one pair of each of its rankings.
 
     Args:
         place: Where the embedded world is the data.
@@ -222,8 +222,8 @@ ROWS = (
         PART,
         "A reward model learns from a few hundred prompts which answer people prefer.",
         "Bai 2022 (hh-rlhf), section 3; Stiennon 2020",
-        "Reward models tell which of two answers a person preferred more often than chance, and the more often the "
-        "more data they have; no such few prompts are tried.",
+        "Reward models tell more often than chance which of two answers a person preferred, and the more often the "
+        "more data they have: tens of thousands of comparisons and more.",
         MEASUREMENT,
         over_chance("pairs"),
         plots("pairs"),
