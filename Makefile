@@ -129,7 +129,7 @@ bench: $(STAMP) ## run tests/benchmarks/BENCH.py (BENCH=ppo)
 frontier: $(STAMP) ## reward against KL: PPO over kl_coef, DPO over beta, best of n; a table and a picture
 	@$(VENV)/bin/python tests/benchmarks/frontier.py $(PLACE) $(SETTINGS)
 # The config is each row's own, so CONFIG counts only where it is given.
-claims: $(STAMP) ## what the papers claim, a verdict a row: hours; QUICK=1: 40 minutes; ONLY="ROW …"; one page
+claims: $(STAMP) ## what the papers claim, a verdict a row: hours; QUICK=1: less; ONLY="ROW …"; one page
 	@$(VENV)/bin/python tests/benchmarks/claims.py $(if $(filter command,$(origin CONFIG)),-c $(call path,$(CONFIG))) \
 		--artifacts $(call path,$(ARTIFACTS)) $(if $(filter 1 y yes,$(QUICK)),--quick) \
 		$(if $(ONLY),--only $(ONLY)) $(SETTINGS)

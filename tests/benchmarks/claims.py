@@ -179,8 +179,11 @@ def place_of(args: Namespace, stop: StopFlag, measurement: Measurement) -> Place
     """Write the config that a measurement runs with, and return where it runs."""
     size = SIZES[args.size]
     base = Place(size.name, args.config or str(ROOT / size.config), args.artifacts, args.folder / "lines", stop)
-    if measurement.config is None or args.size == "micro":
+    if measurement.config is None:
         return derived(base, size.name, [*size.settings, *args.overrides])
+    if args.size == "micro" and measurement.micro is not None:
+        settings = [*size.settings, *measurement.micro, *args.overrides]
+        return derived(base, f"{size.name}-{measurement.key}", settings)
     own = Place(size.name, str(ROOT / measurement.config), args.artifacts, base.lines, stop)
     return derived(own, f"{size.name}-{measurement.key}", args.overrides)
 

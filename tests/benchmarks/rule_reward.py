@@ -45,21 +45,31 @@ PARTS = "rewards/"
 def run(argv: list[str], stop: StopFlag) -> None:
     """Run PPO on each seed in each way, and print the table."""
     args = parse(argv)
-    rows = []
-    for seed in args.seeds:
-        shared = f"{args.name}-seed{seed}"
-        run_rlhf(args, stop, "sft", shared, [f"seed={seed}", *args.overrides])
-        for advantage in args.advantages:
-            name = f"{shared}-{advantage}"
-            if not (Path(args.artifacts) / name).exists():
-                shutil.copytree(Path(args.artifacts) / shared, Path(args.artifacts) / name)
-            run_rlhf(args, stop, "ppo", name, [f"seed={seed}", *OPTIONS[advantage], *args.overrides])
-            row = line(ArtifactStore(args.artifacts, name), args, seed, advantage)
-            save_rows(args.results / "rule_reward.jsonl", [row], lambda row: (row["advantage"], row["seed"]))
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+    rows = [row for seed in args.seeds for row in on_seed(args, stop, seed)]
     for advantage in args.advantages:
         print(f"\n{advantage}\n\n{table([row for row in rows if row['advantage'] == advantage])}")
+
+
+def on_seed(args: Namespace, stop: StopFlag, seed: int) -> list[dict]:
+    """Run base and sft of a seed once, and PPO in each way; return the JSON object of each.
+
+    Args:
+        args: The command line.
+        stop: Set by a signal.
+        seed: The seed.
+    """
+    shared, rows = f"{args.name}-seed{seed}", []
+    run_rlhf(args, stop, "sft", shared, [f"seed={seed}", *args.overrides])
+    for advantage in args.advantages:
+        name = f"{shared}-{advantage}"
+        if not (Path(args.artifacts) / name).exists():
+            shutil.copytree(Path(args.artifacts) / shared, Path(args.artifacts) / name)
+        run_rlhf(args, stop, "ppo", name, [f"seed={seed}", *OPTIONS[advantage], *args.overrides])
+        row = line(ArtifactStore(args.artifacts, name), args, seed, advantage)
+        save_rows(args.results / "rule_reward.jsonl", [row], lambda row: (row["advantage"], row["seed"]))
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -24,8 +24,10 @@ from claims_rows import (
     killed,
     overoptimisation,
     pictures,
+    preferences,
     proxies,
     reward_models,
+    rule,
     tax,
     whole_rankings,
 )
@@ -374,6 +376,105 @@ class TestReadings:
         rows = [{"prompt": prompt, "labeler": name} for prompt in "xyz" for name in ("ada", "ben")]
         assert [row["labeler"] for row in reward_models.one_labeler_a_prompt(rows)] == ["ada", "ben", "ada"]
 
+    def test_a_rule_is_learnt_in_each_way(self):
+        """Check the gain and the gap of five seeds, and their verdicts."""
+
+        def ways(seed: int, rloo: float, gae: float) -> dict:
+            before = {"score": 0.2 + 0.01 * seed, "kl": 0.0, "length": 28.0}
+            after = {"rloo": rloo + 0.02 * seed, "gae": gae + 0.01 * seed}
+            return {
+                "ways": {
+                    way: {"before": before, "after": {"score": score, "kl": 5.0, "length": 20.0}}
+                    for way, score in after.items()
+                }
+            }
+
+        taught, without = rule.ROWS
+        observed = {seed: ways(seed, rloo=0.6, gae=0.5) for seed in range(5)}
+        for row, by_seed in (
+            (taught, [0.4 + 0.01 * i for i in range(5)]),
+            (without, [0.1 + 0.01 * i for i in range(5)]),
+        ):
+            finding = finding_of(row, observed)
+            assert list(finding["figures"][0]["by_seed"].values()) == pytest.approx(by_seed)
+            assert finding["verdict"] == HOLDS
+            assert len(row.plots(observed)) == 3 and all(picture(plot).svg for plot in row.plots(observed))
+        worse = finding_of(without, {seed: ways(seed, rloo=0.3, gae=0.6) for seed in range(5)})
+        assert worse["verdict"] == FAILS
+
+    @staticmethod
+    def preferences(pairs: list[float], rankings: list[float]) -> dict:
+        """Return accuracies on both kinds over 50, 100, … prompts; length has 0.45 and 0.7."""
+        return {
+            "prompts": {
+                str(50 * 2**i): {
+                    "pairs": {"accuracy": a, "low": a - 0.05, "longer": 0.45, "pairs": 370},
+                    "rankings": {"accuracy": b, "low": b - 0.05, "longer": 0.7, "pairs": 1100},
+                }
+                for i, (a, b) in enumerate(zip(pairs, rankings, strict=True))
+            }
+        }
+
+    def test_preferences_after_the_most_prompts(self):
+        """Pairs are above chance and length, rankings above chance only; the last size counts."""
+        observed = {
+            seed: self.preferences([0.5, 0.52, 0.58, 0.6 + 0.01 * seed], [0.5, 0.5, 0.5, 0.62 + 0.01 * seed])
+            for seed in range(5)
+        }
+        findings = {row.key: finding_of(row, observed) for row in preferences.ROWS}
+        verdicts = {key: finding["verdict"] for key, finding in findings.items()}
+        assert verdicts.pop("preferences-over-prompts") in (HOLDS, WEAKER)
+        assert verdicts == {
+            "people-over-chance": HOLDS,
+            "people-over-length": HOLDS,
+            "ai-over-chance": HOLDS,
+            "ai-over-length": FAILS,
+        }
+        by_seed = findings["people-over-length"]["figures"][0]["by_seed"]
+        assert list(by_seed.values()) == pytest.approx([0.15 + 0.01 * i for i in range(5)])
+        low = findings["ai-over-chance"]["figures"][1]["by_seed"]
+        assert list(low.values()) == pytest.approx([0.57 + 0.01 * i for i in range(5)])
+        for row in preferences.ROWS:
+            assert all(picture(plot).svg for plot in row.plots(observed))
+
+    def test_few_held_out_prompts_weaken_what_seeds_agree_on(self):
+        observed = {seed: self.preferences([0.53 + 0.001 * seed] * 4, [0.6] * 4) for seed in range(5)}
+        (row,) = [row for row in preferences.ROWS if row.key == "people-over-chance"]
+        finding = finding_of(row, observed)
+        assert [figure["verdict"] for figure in finding["figures"]] == [HOLDS, FAILS] and finding["verdict"] == WEAKER
+
+    def test_the_power_law_is_that_of_the_error(self):
+        """Compute it from 0.5 · (n / 50)^−0.2, and from errors that do not fall."""
+        found = self.preferences([1 - 0.5 * 2 ** (-0.2 * i) for i in range(4)], [0.6] * 4)
+        assert preferences.of_law("pairs", "exponent")(found) == pytest.approx(0.2)
+        assert preferences.of_law("pairs", "r_squared")(found) == pytest.approx(1.0)
+        assert preferences.of_law("rankings", "exponent")(found) == pytest.approx(0.0, abs=1e-9)
+        perfect = self.preferences([0.5, 0.9, 1.0, 1.0], [0.6] * 4)
+        assert preferences.of_law("pairs", "exponent")(perfect) is None
+
+    def test_prompts_of_a_smaller_number_are_among_those_of_a_larger_one(self):
+        """All rankings of a prompt come with it, messages and texts alike; seeds draw others."""
+        asked = [f"question {i}" for i in range(8)]
+        rows = [{"prompt": text, "n": n} for text in asked for n in range(2)]
+        rows += [{"prompt": [{"role": "user", "content": f"chat {i}"}], "n": 0} for i in range(4)]
+        small, large = preferences.of_prompts(rows, 3, seed=1), preferences.of_prompts(rows, 6, seed=1)
+        assert [row for row in large if row in small] == small and len(small) < len(large)
+        assert sorted(map(str, preferences.of_prompts(rows, 12, seed=1))) == sorted(map(str, rows))
+        assert preferences.of_prompts(rows, 6, seed=2) != large
+        with pytest.raises(UserError, match="12 prompts are left to train on; give 13 or more"):
+            preferences.of_prompts(rows, 13, seed=1)
+
+    def test_accuracy_of_a_kind_stands_in_the_manifest(self):
+        own = {"accuracy": 0.6, "accuracy_ci95": [0.52, 0.67], "n_pairs": 90}
+        metrics = {"accuracy_by_source": {"pairs": own}, "longer_wins_by_source": {"pairs": {"accuracy": 0.4}}}
+        store = SimpleNamespace(manifest=lambda stage: {"metrics": metrics})
+        found = preferences.held_out_figures(store, "pairs")
+        assert found == {"accuracy": 0.6, "low": 0.52, "longer": 0.4, "pairs": 90}
+        with pytest.raises(UserError, match="give both"):
+            preferences.held_out_figures(store, "rankings")
+        kinds = [preferences.by_kind({"responses": ["a"] * n, "source": "x"})["source"] for n in (2, 3)]
+        assert kinds == ["pairs", "rankings"]
+
     def test_a_missing_part_is_none(self):
         assert reader("a", "b")({"a": None}) is None and reader("a", "b")({}) is None
         assert minus(reader("a"), reader("b"))({"a": 1.0}) is None
@@ -556,6 +657,15 @@ class TestCatalogue:
 
             assert api.load_experiment(place.config).name == place.name
 
+    def test_the_smallest_size_needs_no_real_model_and_no_data(self, tmp_path):
+        args = claims.parse(["--size", "micro", "--artifacts", str(tmp_path), "seed=9"])
+        from pipeline import api
+
+        for measurement in catalogue.measurements(catalogue.ROWS):
+            experiment = api.load_experiment(claims.place_of(args, None, measurement).config)
+            assert experiment.model.name_or_path is None and experiment.data.prompts == "world"
+            assert experiment.seed == 9, "settings of the command line come last"
+
 
 class Check(HTMLParser):
     """Check that tags are closed and that nothing is loaded."""
@@ -657,3 +767,20 @@ def test_two_rows_with_a_tiny_model(command, tmp_path, capsys):
     assert "running" not in capsys.readouterr().out and again == [
         row | {"minutes": new["minutes"]} for row, new in zip(everything, again, strict=True)
     ]
+
+
+@pytest.mark.slow
+def test_rows_of_a_real_model_with_a_tiny_one(command, tmp_path):
+    """They run on one seed, and the same prompts are held out whatever is trained on."""
+    assert command("--size", "micro", "--only", "rule-taught", "people-over-chance", "--seeds", "3")[0] == 0
+    everything = json.loads((tmp_path / "claims/micro/claims.json").read_text("utf-8"))
+    rows = [row for row in everything if row["seeds"]]
+    assert [row["row"] for row in rows] == [row.key for row in (*rule.ROWS, *preferences.ROWS)]
+    assert all(math.isfinite(row["ours"]) for row in rows)
+    found = json.loads((tmp_path / "claims/micro/measured/preferences-seed3.json").read_text("utf-8"))["found"]
+    assert list(found["prompts"]) == ["10", "20", "40"]
+    held_out = {
+        count: next((tmp_path / "artifacts").glob(f"*-seed3-{count}/rankings/validation.jsonl")).read_bytes()
+        for count in found["prompts"]
+    }
+    assert len(set(held_out.values())) == 1

@@ -11,8 +11,10 @@ from claims_rows import (
     in_rounds,
     killed,
     overoptimisation,
+    preferences,
     proxies,
     reward_models,
+    rule,
     sentiment,
     tax,
     tied,
@@ -24,7 +26,8 @@ from claims_rows.row import Measurement, Row
 ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
     *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *climbed.ROWS, *direct.ROWS,
-    *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS, *sentiment.ROWS,
+    *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
+    *rule.ROWS, *sentiment.ROWS, *preferences.ROWS,
 )  # fmt: skip
 
 
@@ -74,7 +77,7 @@ SIZES = {
         ),
     ),
 }  # fmt: skip
-"""Size → what it means: all that is claimed, within 40 minutes, or only to show that it runs."""
+"""Size → what it means: all that is claimed, less of it, or only to show that it runs."""
 
 
 def measurements(rows: tuple[Row, ...] | list[Row]) -> list[Measurement]:

@@ -38,6 +38,8 @@ def reward_model_of(
 ) -> ArtifactStore:
     """Train a reward model on rankings of our choice, from the SFT model of a seed.
 
+    The other data stay those of the config.
+
     Args:
         place: Where the chain ran.
         seed: The seed.
@@ -58,7 +60,10 @@ def reward_model_of(
         file.write_text(text, encoding="utf-8")
     store = ArtifactStore(place.artifacts, name)
     runner = ExperimentRunner(place.config, [], place.stop)
-    options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false", *WORLD, *settings]
+    options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false"]
+    if runner.load().data.rankings is None:  # the world's, whose other data have to be named beside a file
+        options += WORLD
+    options += settings
     runner.update_variant(runner.load(f"name={name}", f"seed={seed}", *options), store, "rm", chain)
     return store
 

@@ -80,6 +80,9 @@ class Measurement:
     """A config of its own (from the checkout's root), in every size; None: that of the size."""
     seeds: int | None = None
     """How many of the size's seeds are enough, where each takes long; None: all."""
+    micro: tuple[str, ...] | None = None
+    """Settings, as `key=value`, with which the size micro runs on its config in place of the
+    measurement's own, which has a real model; None: on the measurement's own."""
     version: int = 1
     """Raised where a change of the code changes what is found: kept results are then not used."""
 

@@ -58,6 +58,7 @@ MEASUREMENT = Measurement(
         },
     },
     config="configs/sentiment.yaml",
+    micro=(),
     seeds=SEEDS,
 )
 
