@@ -5,7 +5,8 @@
 
 Each row names a claim with its source, what is measured for it, and the rule by which an interval
 over seeds becomes a verdict: holds, weaker, does not hold, or cannot be told. Rows are declared in
-claims_rows/; most of them call another benchmark of this folder for one seed after another.
+claims_rows/; most of them call another benchmark of this folder for one seed after another. Those
+of a real model need it and its data, and run only where --only names them.
 
 Seeds are shared by as many processes as there are cores (--workers), each with one thread; what
 they print is in claims/logs/. A measurement that is finished on a seed is kept (claims/measured/),
@@ -64,7 +65,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--keep", action="store_true", help="also write results/claims.json, after a whole run")
     args = parse_arguments(parser, argv)
     args.size = "quick" if args.quick else args.size
-    args.rows = chosen(args.only)
+    args.rows = chosen(args.only, args.size)
     args.artifacts = str(Path(args.artifacts).resolve())
     args.seeds = tuple(dict.fromkeys(args.seeds or SIZES[args.size].seeds))
     args.folder = args.out / {"whole": ""}.get(args.size, args.size)
@@ -79,19 +80,28 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def chosen(only: Sequence[str] | None) -> list[Row]:
-    """Return the rows with these names, in the order of the page; all if there are no names."""
+def chosen(only: Sequence[str] | None, size: str) -> list[Row]:
+    """Return the rows with these names, in the order of the page.
+
+    Args:
+        only: The names. None: every row, but those that need a real model and its data; these need
+            neither at the size micro.
+        size: The size of the run.
+    """
     known = [row.key for row in ROWS]
     if unknown := [name for name in only or [] if name not in known]:
         raise UserError(f"command line: --only {unknown[0]}: no such row; rows are {', '.join(known)}")
-    return [row for row in ROWS if only is None or row.key in only]
+    if only is None:
+        return [row for row in ROWS if size == "micro" or row.measurement.micro is None]
+    return [row for row in ROWS if row.key in only]
 
 
 def run(argv: list[str], stop: StopFlag) -> None:
     """Measure what is not finished, then write the page and the JSON file."""
     args = parse(argv)
     if args.list:
-        print(markdown(["row", "claim", "source"], [[row.key, row.claim, row.source] for row in args.rows]))
+        listed = args.rows if args.only else ROWS
+        print(markdown(["row", "claim", "source"], [[row.key, row.claim, row.source] for row in listed]))
         return
     entries: list[Entry] = []
     try:
@@ -206,7 +216,13 @@ def fewest_seeds(measurement: Measurement) -> int:
 
 
 def entry_of(args: Namespace, row: Row) -> Entry:
-    """Return a row with what was found for it."""
+    """Return a row with what was found for it.
+
+    Settings of the command line are for the rows that it asks for: others show what was found
+    without them.
+    """
+    if row not in args.rows:
+        args = Namespace(**vars(args) | {"overrides": []})
     files = files_of(args, place_of(args, StopFlag(), row.measurement), row.measurement)
     kept = {seed: record for seed, file in files.items() if (record := file.read()) is not None}
     records = {seed: record for seed, record in kept.items() if record["found"] is not None}
@@ -244,7 +260,7 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
     (args.folder / "index.html").write_text(page(meta, entries), encoding="utf-8")
     text = json.dumps([as_row(entry) for entry in entries], ensure_ascii=False, indent=1) + "\n"
     (args.folder / "claims.json").write_text(text, encoding="utf-8")
-    unfinished = [entry.row.key for entry in entries if entry.quick or entry.failed]
+    unfinished = [entry.row.key for entry in entries if entry.row in args.rows and (entry.quick or entry.failed)]
     if args.keep and not unfinished:
         (args.results / "claims.json").write_text(text, encoding="utf-8")
     lines = []

@@ -560,6 +560,26 @@ class TestCommand:
         command("--seeds", "3", "ppo.kl_coef=0.3")
         assert count.runs == [3, 4, 5, 3]
 
+    def test_settings_are_for_the_rows_that_were_asked_for(self, count, command, monkeypatch):
+        other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
+        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        command()
+        _, rows = command("--only", "third", "ppo.kl_coef=0.3")
+        assert [row["seeds"] for row in rows] == [[3, 4, 5, 6, 7]] * 3
+        assert [row["command"].endswith(" ppo.kl_coef=0.3") for row in rows] == [False, False, True]
+
+    def test_a_real_model_takes_part_where_it_is_named_and_on_as_many_seeds_as_are_enough(
+        self, count, command, monkeypatch
+    ):
+        real = replace(MEASUREMENT, key="other", run=Count(), micro=(), seeds=3)
+        other = replace(claims.ROWS[0], key="third", measurement=real)
+        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        _, rows = command("--keep")
+        assert rows[2]["verdict"] == NOT_RUN and real.run.runs == []
+        assert claims.chosen(None, "micro") == [*claims.ROWS]
+        _, rows = command("--only", "third")
+        assert real.run.runs == [3, 4, 5] == rows[2]["seeds"] and not rows[2]["quick"] and not rows[0]["quick"]
+
     def test_an_interrupted_run_goes_on(self, count, command):
         count.stops_at = 5
         code, rows = command()
