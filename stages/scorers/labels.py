@@ -107,10 +107,11 @@ def with_noise(
 
     Returns:
         For each prompt a ranking by each of its labelers, without scores, which no labeler gives;
-        figures for the manifest: the noise (a temperature), and what agreement it leads to.
+        figures for the manifest: the noise (a temperature), what agreement it leads to, and the
+        share of pairs of different responses that have the same score.
 
     Raises:
-        UserError: No two responses to a prompt differ in their score.
+        UserError: Labelers cannot agree so often, as too many responses have the same score.
     """
     seen = [np.array([one.scores, one.scores], float) for one in rankings]  # by two labelers of one taste
     answers = [one.answers for one in rankings]
@@ -118,7 +119,7 @@ def with_noise(
         noise = labelers.calibrate_noise(seen, answers, agreement)
     except ValueError as problem:
         raise UserError(
-            f"rankings.scorer_agreement: {problem}; the scorer gives most responses to a prompt the same score"
+            f"rankings.scorer_agreement: {problem}; lower it, or choose a scorer that tells more responses apart"
         ) from None
     noisy = []
     for index, (one, count) in enumerate(zip(rankings, counts, strict=True)):
@@ -129,7 +130,14 @@ def with_noise(
             name = f"labeler {k + 1}"
             by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=tuple(ranks), labeler=name, scores=None))
         noisy.append(by_labeler)
-    return noisy, {"noise": noise, "expected_agreement": labelers.expected_agreement(seen, answers, noise)}
+    gaps = [
+        abs(own[0][i] - own[0][j]) for own, texts in zip(seen, answers, strict=True) for i, j in labelers.pairs(texts)
+    ]
+    return noisy, {
+        "noise": noise,
+        "expected_agreement": labelers.expected_agreement(seen, answers, noise),
+        "equal_scores": sum(gap == 0 for gap in gaps) / len(gaps),
+    }
 
 
 def score_share(

@@ -65,8 +65,8 @@ class RankingsSettings(Section):
     scorer_agreement: float | None = setting(
         None,
         "how often two labelers agree who see the score of scorer with noise of their own (InstructGPT: 0.726); sets "
-        "the noise. Two of them rank a prompt that is held out, one ranks any other. null: ranks follow the score "
-        "itself",
+        "the noise. Different responses of the same score count too: on them they agree half the time. Two rank a "
+        "prompt that is held out, one ranks any other. null: ranks follow the score itself",
         gt=0.5,
         lt=1,
     )
@@ -122,6 +122,10 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
             if getattr(settings, key) is not None
         ]
     lines = scorer_problems("rankings.scorer", settings.scorer)
+    if "agreement" in settings.model_fields_set:
+        lines.append(
+            "rankings.agreement: is that of the embedded world's labelers; beside rankings.scorer set scorer_agreement"
+        )
     if "rm" in scorer_stages(settings.scorer):
         lines.append("rankings.scorer: rm is trained on these rankings; name the folder of another reward model")
     if settings.scorer_agreement is not None and settings.tie_within is not None:

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,11 +62,15 @@ def parse(argv: list[str]) -> Namespace:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that share the seeds"
     )
     parser.add_argument("--measure-only", action="store_true", help="write no page")
+    parser.add_argument(
+        "--share-of-seeds", action="store_true", help=SUPPRESS
+    )  # --seeds is a process's share of the size's
     parser.add_argument("--keep", action="store_true", help="also write results/claims.json, after a whole run")
     args = parse_arguments(parser, argv)
     args.size = "quick" if args.quick else args.size
     args.rows = chosen(args.only, args.size)
     args.artifacts = str(Path(args.artifacts).resolve())
+    args.own_seeds = bool(args.seeds) and not args.share_of_seeds
     args.seeds = tuple(dict.fromkeys(args.seeds or SIZES[args.size].seeds))
     args.folder = args.out / {"whole": ""}.get(args.size, args.size)
     args.config = str(Path(args.config).resolve()) if args.config else None
@@ -162,6 +166,7 @@ def measure_in_processes(args: Namespace, argv: list[str], stop: StopFlag) -> No
         seeds = [str(seed) for seed in args.seeds[i :: args.workers]]
         log = folder / f"seeds-{'-'.join(seeds)}.log"
         words = [word for word in argv if word != "--keep"]
+        words += [] if args.own_seeds else ["--share-of-seeds"]
         command = [sys.executable, __file__, *words, "--workers", "1", "--measure-only", "--seeds", *seeds]
         print(f"claims: seeds {' '.join(seeds)}: {relative(log)}", file=sys.stderr, flush=True)
         with log.open("a", encoding="utf-8") as file:
@@ -205,8 +210,8 @@ def files_of(args: Namespace, place: Place, measurement: Measurement) -> dict[in
 
 
 def seeds_of(args: Namespace, measurement: Measurement) -> list[int]:
-    """Return the seeds that a measurement runs on: as many of the size's as are enough."""
-    spared = SIZES[args.size].seeds[measurement.seeds :] if measurement.seeds else ()
+    """Return the seeds that a measurement runs on: those asked for, or as many as are enough."""
+    spared = SIZES[args.size].seeds[measurement.seeds :] if measurement.seeds and not args.own_seeds else ()
     return [seed for seed in args.seeds if seed not in spared]
 
 

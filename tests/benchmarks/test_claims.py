@@ -3,11 +3,13 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import ea
 import claims
 from claims_rows import (
     catalogue,
+    climbed,
     demo,
     early,
     fits,
@@ -28,6 +31,7 @@ from claims_rows import (
     proxies,
     reward_models,
     rule,
+    sentiment,
     tax,
     whole_rankings,
 )
@@ -50,6 +54,7 @@ from sweeps.runner import run_command
 
 from pipeline.errors import Interrupted, UserError
 from stages.page.drawing import picture
+from tests.shipped import settings_for
 
 
 class TestVerdicts:
@@ -480,6 +485,69 @@ class TestReadings:
         assert minus(reader("a"), reader("b"))({"a": 1.0}) is None
 
 
+class TestSentiment:
+    @staticmethod
+    def found():
+        """Return points of all methods: SFT and best of 2, and each other one at two settings."""
+        points = [
+            {"method": "best_of_n", "value": n, "kl": kl, "gold": gold, "score": 0.0, "perplexity": perplexity}
+            for n, kl, gold, perplexity in ((1, 0.0, 0.5, 20.0), (2, 0.19, 0.55, None))
+        ]
+        for method, shift in (("ppo", 0.0), ("ppo_gold", 0.02), ("dpo", 0.05)):
+            for value, kl in ((0.05, 4.0), (0.5, 1.0)):
+                gold = 0.5 + 0.1 * kl**0.5 + shift
+                points.append(
+                    {"method": method, "value": value, "kl": kl, "gold": gold, "score": gold, "perplexity": 21.0}
+                )
+        own = {"method": "preferred", "value": 1, "kl": 0.5, "gold": 0.56, "score": 0.0, "perplexity": 20.0}
+        return {"points": [*points, own], "own": {"ppo": 0.5, "dpo": 0.05}}
+
+    def test_figures(self):
+        """Read each main figure of made-up points whose answer is plain."""
+        figures = {row.key: [figure.read(self.found()) for figure in row.figures] for row in sentiment.ROWS}
+        assert figures["sentiment-gold"] == pytest.approx([0.1, 0.05])
+        assert figures["sentiment-dpo-frontier"] == pytest.approx([0.05])
+        assert figures["sentiment-dpo-over-ppo-on-gold"] == pytest.approx([0.03])
+        assert figures["sentiment-dpo-over-preferred"] == pytest.approx([0.75 - 0.56])
+
+    def test_without_text_its_perplexity_is_unknown(self):
+        found = self.found()
+        for point in found["points"]:
+            point["perplexity"] = None
+        assert sentiment.perplexity_ratio("ppo")(found) is None
+
+    def test_every_method_has_a_range_of_kl_at_every_size(self):
+        """One point spans none, so that no gap at equal KL could be read."""
+        for settings in sentiment.MEASUREMENT.settings.values():
+            assert set(settings["kl_coefs"]) - {0.05} and set(settings["betas"]) - {0.1}
+
+    def test_pictures_have_every_method(self):
+        drawn = [plot for row in sentiment.ROWS for plot in row.plots({3: self.found(), 4: self.found()})]
+        assert len(drawn) == 8 and all(picture(plot).svg for plot in drawn)
+
+
+class TestClimbed:
+    FOUND: ClassVar[dict] = {
+        "points": [
+            {"method": method, "value": value, "gold": gold}
+            for method, value, gold in (
+                ("sft", 0, 0.6), ("one", 1, 0.7), ("mean", 3, 0.72), ("min", 3, 0.75), ("size", 3.0, 0.8),
+                ("size", 0.3, 0.65),
+            )
+        ]
+    }  # fmt: skip
+
+    def test_figures(self):
+        figures = {row.key: row.figures[0].read(self.FOUND) for row in climbed.ROWS}
+        assert figures == pytest.approx({"ppo-over-proxy-size": 0.15, "ppo-by-ensemble-minimum": 0.05})
+        assert list(climbed.by_size(self.FOUND)) == [0.3, 1.0, 3.0]
+
+    def test_a_size_that_was_not_run_leaves_the_others(self):
+        few = {"points": [point for point in self.FOUND["points"] if point["value"] != 3.0]}
+        assert climbed.sizes_apart(few) == pytest.approx(0.7 - 0.65)
+        assert all(picture(plot).svg for row in climbed.ROWS for plot in row.plots({3: self.FOUND, 4: self.FOUND}))
+
+
 class Count:
     """Stand in for a measurement: count its runs, and be interrupted on a seed if asked."""
 
@@ -579,6 +647,8 @@ class TestCommand:
         assert claims.chosen(None, "micro") == [*claims.ROWS]
         _, rows = command("--only", "third")
         assert real.run.runs == [3, 4, 5] == rows[2]["seeds"] and not rows[2]["quick"] and not rows[0]["quick"]
+        _, rows = command("--only", "third", "--seeds", "6", "8")
+        assert real.run.runs == [3, 4, 5, 6, 8] and rows[2]["seeds"] == [6, 8], "seeds that are asked for all count"
 
     def test_an_interrupted_run_goes_on(self, count, command):
         count.stops_at = 5
@@ -672,7 +742,8 @@ class TestCatalogue:
     def test_every_size_is_a_valid_config(self, size, tmp_path):
         args = claims.parse(["--size", size, "--artifacts", str(tmp_path)])
         for measurement in catalogue.measurements(catalogue.ROWS):
-            place = claims.place_of(args, None, measurement)
+            own = [] if size == "micro" else settings_for(Path(measurement.config or ""), tmp_path)
+            place = claims.place_of(Namespace(**vars(args) | {"overrides": own}), None, measurement)
             from pipeline import api
 
             assert api.load_experiment(place.config).name == place.name

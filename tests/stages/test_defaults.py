@@ -6,6 +6,7 @@ import pytest
 
 from pipeline import api
 from stages.settings.training import total_steps
+from tests.shipped import settings_for
 from tests.stages.shared.test_disk import LORA, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +51,10 @@ def test_the_papers_scale_is_named_where_the_default_is_smaller(stage, key):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_do_not_depend_on_decisive_defaults(path, monkeypatch):
+def test_shipped_configs_do_not_depend_on_decisive_defaults(path, tmp_path, monkeypatch):
     """They set everything that decides their length and their steps."""
     monkeypatch.chdir(ROOT)
-    experiment = api.load_experiment(path)
+    experiment = api.load_experiment(path, *settings_for(path, tmp_path))
     left_out = {
         f"{stage}.{key}"
         for stage, keys in DECISIVE.items()

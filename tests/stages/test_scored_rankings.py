@@ -92,11 +92,13 @@ def test_the_agreement_of_noisy_labelers_is_what_their_noise_says():
             right += first == (known.scores[i] > known.scores[j])
     assert same / pairs == pytest.approx(0.726, abs=0.015)
     assert right / pairs == pytest.approx(0.83, abs=0.03)
-    assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6)
+    assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6) and figures["equal_scores"] == 0
+    half = [ranking(i, [0.0, 0.0, 1.0, 1.0]) for i in range(20)]
+    assert with_noise(half, [1] * 20, 0.7, seed=0)[1]["equal_scores"] == pytest.approx(1 / 3)
 
 
 def test_equal_scores_leave_nothing_to_agree_on():
-    with pytest.raises(UserError, match=r"rankings.scorer_agreement: .* gives most responses to a prompt the same"):
+    with pytest.raises(UserError, match=r"rankings.scorer_agreement: .* choose a scorer that tells more"):
         with_noise([ranking(0, [1.0, 1.0, 1.0])], [2], 0.726, seed=0)
 
 
@@ -136,6 +138,7 @@ def test_another_reward_model_and_a_function_rank(chain, tmp_path):
         ([*SMALL, "rankings.scorer=[{model: rm}]"], "rankings.scorer: rm is trained on these rankings"),
         (["rankings.tie_within=0.1"], "rankings.tie_within: has no effect without rankings.scorer"),
         (["rankings.scorer_agreement=0.7"], "rankings.scorer_agreement: has no effect without rankings.scorer"),
+        ([*SMALL, BY_WORDS, "rankings.agreement=0.7"], "rankings.agreement: is that of the embedded world"),
         (
             [*SMALL, BY_WORDS, "rankings.tie_within=0.1", "rankings.scorer_agreement=0.7"],
             "rankings.tie_within: with scorer_agreement",

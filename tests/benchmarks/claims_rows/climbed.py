@@ -109,17 +109,7 @@ ROWS = (
         MEASUREMENT,
         (Figure("gold: minimum of the ensemble − one", minus(gold("min"), gold("one")), RULE),),
         ensembles_plot,
-        f"{NOTE} Members share base, SFT and rankings, and differ by the seed of the head and of the order.",
-    ),
-    Row(
-        "ppo-by-ensemble-mean",
-        PART,
-        "Under PPO, an ensemble's mean leaves more gold than one reward model.",
-        "Coste 2024 (reward model ensembles help mitigate overoptimization)",
-        "Under best of n the mean helps as well; what the paper says of PPO is about conservative combinations.",
-        MEASUREMENT,
-        (Figure("gold: mean of the ensemble − one", minus(gold("mean"), gold("one")), RULE),),
-        ensembles_plot,
-        f"{NOTE} Members share base, SFT and rankings, and differ by the seed of the head and of the order.",
+        f"{NOTE} Members share base, SFT and rankings, and differ by the seed of the head and of the order. The mean "
+        "of the ensemble is drawn beside it.",
     ),
 )

@@ -62,14 +62,25 @@ def kept_of(folder: Path, measurement: Measurement, place: Place, seed: int, set
         settings: The measurement's own settings.
     """
     values = {key: value for key, value in read_tree(place.config, []).values.items() if key not in OUTSIDE}
+    files = {str(file): integrity.sha256_file(file) for file in local_files(values.get("data"))}
     what = {
         "measurement": measurement.key,
         "version": measurement.version,
         "seed": seed,
         "settings": settings,
         "config": values,
+        **({"files": files} if files else {}),
     }
     return Kept(folder / f"{measurement.key}-seed{seed}.json", integrity.sha256_json(as_json(what)))
+
+
+def local_files(value: Any) -> list[Path]:
+    """Return the files that the section `data` of a config names, whose content decides results."""
+    if isinstance(value, dict):
+        return [file for one in value.values() for file in local_files(one)]
+    if isinstance(value, list):
+        return [file for one in value for file in local_files(one)]
+    return [Path(value)] if isinstance(value, str) and Path(value).is_file() else []
 
 
 def measure(kept: Kept, run: Callable[[], dict]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from stages.page.plot import Plot
 
 PART = "Controlled sentiment on SmolLM2-135M"
 NOTE = (
-    "SmolLM2-135M-Instruct with LoRA ends sentences of film reviews (configs/sentiment.yaml, chosen on seed 0). Gold "
-    "is how positive the lexicon VADER finds the end, 0 to 1. With what people say of such sentences as a whole it "
-    "correlates by 0.3 only, so it is the truth of this task, not people's. Three seeds, for time: intervals are wide."
+    "SmolLM2-135M-Instruct with LoRA completes sentences of film reviews (configs/sentiment.yaml; its settings are "
+    "guesses that were not tuned). Gold is how positive the lexicon VADER finds the completion, 0 to 1. On the data's "
+    "sentences it correlates by 0.33 with what people say of the whole sentence, and a few kind words in a row come "
+    "near 1: it is the truth of this task, not people's. Three seeds, for time, so intervals are wide."
 )
 SEEDS = 3
-"""Seeds of a whole run: each takes an hour or so on two cores."""
+"""Seeds of a whole run."""
 
 
 def run(place: Place, seed: int, settings: dict) -> dict:
@@ -26,9 +27,9 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     own = {"ppo": chain.ppo.kl_coef, "dpo": chain.dpo.beta}
     ns = tuple(2**i for i in range(settings["doublings"] + 1))
     wanted = [Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)]
-    for method, extra in (("ppo", ()), ("ppo_gold", (f"ppo.rewards={settings['gold']}",))):
-        values = {*settings["kl_coefs"], *([own["ppo"]] if method == "ppo" else [])}
-        wanted += [Wanted(method, value, "ppo", (*extra, f"ppo.kl_coef={value!r}")) for value in sorted(values)]
+    for method, extra in (("ppo", ()), ("ppo_gold", tuple(settings["gold"]))):
+        for value in sorted({*settings["kl_coefs"], own["ppo"]}):
+            wanted.append(Wanted(method, value, "ppo", (*extra, f"ppo.kl_coef={value!r}")))
     for beta in sorted({*settings["betas"], own["dpo"]}):
         wanted.append(Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)))
     wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
@@ -39,8 +40,17 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     return {"points": points, "own": own}
 
 
-LEXICON = {"gold": "[{rule: sentiment, weight: 4.0}]", "judge": "sentiment"}
-"""Gold as PPO's reward, on the scale of a reward model, and as the judge."""
+LEXICON = {
+    "gold": [
+        "ppo.rewards=[{rule: sentiment, weight: 4.0}]", "ppo.missing_eos_score=0.5", "evaluate.missing_eos_score=0.5",
+    ],
+    "judge": "sentiment",
+}  # fmt: skip
+"""Gold as PPO's reward and as the judge.
+
+Four times the lexicon's score has a spread of 0.9 on the sentences of the data, as a reward model
+has 1, and a mean of 2.3; a response that is cut off is two spreads below that, in both PPOs.
+"""
 MEASUREMENT = Measurement(
     "sentiment",
     "SmolLM2-135M on film reviews: PPO and DPO over their penalties, PPO on gold, best of n",
@@ -53,7 +63,7 @@ MEASUREMENT = Measurement(
             "betas": [0.5, 1.0],
             "doublings": 2,
             "samples": 2,
-            "gold": "[{rule: words, at_most: 3, tolerance: 6}]",
+            "gold": ["ppo.rewards=[{rule: words, at_most: 3, tolerance: 6}]"],
             "judge": None,
         },
     },
@@ -109,10 +119,14 @@ ROWS = (
         MEASUREMENT,
         (
             Figure("gold: PPO-ptx − SFT", minus(own("ppo", "gold"), own(SFT, "gold")), Rule(nothing=SAME, enough=SAME)),
-            Figure("perplexity of C4 against SFT's, as a share", perplexity_ratio("ppo"), Rule("below", than=0.05)),
+            Figure(
+                "increase of C4's perplexity over SFT's, as a share", perplexity_ratio("ppo"), Rule("below", than=0.05)
+            ),
         ),
         EVERY,
-        f"{NOTE} Labelers rank four answers by the lexicon with noise, such that two agree on 72.6 % of pairs.",
+        f"{NOTE} Labelers rank four answers by the lexicon with noise, such that two agree on 72.6 % of pairs of "
+        "different texts. Many texts have the same score, and on these they toss a coin, so other pairs are ranked "
+        "with less noise than that sounds like.",
     ),
     Row(
         "sentiment-dpo-frontier",
@@ -134,7 +148,8 @@ ROWS = (
         MEASUREMENT,
         (Figure("gold at equal KL: DPO − PPO on gold", gap("dpo", "ppo_gold"), Rule(nothing=SAME, enough=SAME)),),
         frontier("dpo", "ppo_gold"),
-        NOTE,
+        f"{NOTE} PPO on gold has a value model that starts as the policy with a new head, where the other PPO's starts "
+        "as the reward model, and its learning rates were not chosen for this reward.",
     ),
     Row(
         "sentiment-dpo-over-preferred",

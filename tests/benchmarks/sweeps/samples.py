@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.config.section import setting
+from pipeline.errors import UserError
 from pipeline.stage import Stage, StageRun
 from stages import evaluate
 from stages.evaluation.forms import form_of_base
@@ -54,17 +55,22 @@ def run(ctx: StageRun) -> dict:
 
     Publishes samples.json: `scores`, `kl`, `gold` (null without a gold scorer and a `gold_judge`),
     `lengths` and `finished` are lists of N values for each of P prompts. `clusters` has the task of
-    each prompt
-    (the prompt itself if tasks are not known), `known` whether training data contains that task
-    (null if tasks are not known). `asked` is the form of the prompts.
+    each prompt (the prompt itself if tasks are not known), `known` whether training data contains
+    that task (null if tasks are not known). `asked` is the form of the prompts.
 
     Args:
         ctx: The run of the stage.
 
     Returns:
         The figures of the manifest.
+
+    Raises:
+        UserError: `gold_judge` names no judge that gives scores.
     """
     c = ctx.config
+    if c.gold_judge is not None and (c.gold_judge not in c.named_judges or c.named_judges[c.gold_judge].compares()):
+        known = ", ".join(name for name, one in c.named_judges.items() if not one.compares()) or "none"
+        raise UserError(f"samples.gold_judge: {c.gold_judge!r} is no judge that gives scores; there are: {known}")
     session = session_of(ctx, trains=False)
     tools, prompts, text_rows = evaluate.prepare(c, ctx.experiment, session, runtime_of(ctx), ctx.inputs, ctx.sources)
     form = form_of_base(c.base_prompt, ctx.experiment.model.name_or_path) if c.policy == "base" else "chat"
