@@ -60,10 +60,11 @@ def reward_model_of(
         file.write_text(text, encoding="utf-8")
     store = ArtifactStore(place.artifacts, name)
     runner = ExperimentRunner(place.config, [], place.stop)
-    options = [f"data.rankings={file}", "rankings.judge_fraction=0", "rm.held_out=false"]
     if runner.load().data.rankings is None:  # the world's, whose other data have to be named beside a file
-        options += WORLD
-    options += settings
+        given, others = str(file), WORLD
+    else:
+        given, others = f"{{path: {file}, templated: keep}}", []  # what their source refuses is not among them
+    options = [f"data.rankings={given}", "rankings.judge_fraction=0", "rm.held_out=false", *others, *settings]
     runner.update_variant(runner.load(f"name={name}", f"seed={seed}", *options), store, "rm", chain)
     return store
 
