@@ -276,10 +276,10 @@ def refuse_in_messages(value: object, keys: frozenset[str]) -> None:
         refuse_in_messages(from_text(value), keys)
     elif isinstance(value, dict):
         role = value.get("role", value.get("from"))
-        is_message = isinstance(role, str)
+        speaker = role.lower() if isinstance(role, str) else None
         for key, item in value.items():
-            if is_message and key in keys and says_something(key, item):
-                if key in OF_LOSS and role.lower() not in ASSISTANTS:
+            if speaker is not None and key in keys and says_something(key, item):
+                if key in OF_LOSS and speaker not in ASSISTANTS:
                     continue  # what is not the assistant's is not learnt anyway
                 raise ValueError(
                     f"the key '{key}' of a message of the {role} changes what the conversation means, and is not "
