@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -42,11 +43,16 @@ class EncodedRanking:
     ranking: Ranking
     """The ranking itself."""
 
+    @cached_property
+    def group(self) -> PromptGroup:
+        """Return the ranking as a group of its own."""
+        labels = self.ranking.labels
+        return PromptGroup(self.prompt, self.responses, self.ranking.ranks, labels=() if labels is None else (labels,))
 
-def group_of(row: EncodedRanking) -> PromptGroup:
-    """Return a ranking as a group of its own."""
-    labels = row.ranking.labels
-    return PromptGroup(row.prompt, row.responses, row.ranking.ranks, labels=() if labels is None else (labels,))
+    @cached_property
+    def ties(self) -> int:
+        """Return the number of its tied pairs."""
+        return sum(1 for _ in judged_ties(self.group))
 
 
 @dataclass
@@ -86,11 +92,11 @@ class IndexBuilder:
             self.largest.append(1)
             self.labels.append(0)
         self.owner.append(group)
-        one = group_of(row)
+        one = row.group
         self.pairs[group] += len(one.pairs())
         self.labels[group] += sum(label is not None for labels in labels_of(one) for label in labels)
-        if ties := sum(1 for _ in judged_ties(one)):
-            self.ties[group] += ties
+        if row.ties:
+            self.ties[group] += row.ties
             self.largest[group] = max(self.largest[group], largest_tie(one))
 
     def table(self) -> pyarrow.Table:
@@ -174,12 +180,55 @@ def batches_of(rows: Iterable[EncodedRanking], index: IndexBuilder) -> Iterator[
 
 
 @dataclass(eq=False)
+class Lists:
+    """Read a column of lists as Python lists, without an object of pyarrow for each row."""
+
+    offsets: np.ndarray
+    """Where each row begins in `values`, and where the last one ends; a view of the file."""
+    values: np.ndarray
+    """The values of all rows, a view too."""
+
+    @staticmethod
+    def of(column: Any) -> Lists:
+        """Make one of pyarrow's column of lists; neither these nor their values may be null."""
+        return Lists(column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True))
+
+    def __getitem__(self, i: int) -> list[int]:
+        """Return the list in a row."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]].tolist()
+
+
+@dataclass(eq=False)
+class RowBatch:
+    """Read rows of one batch of a file; it holds no memory but the file's own."""
+
+    facts: dict[str, Any]
+    """Columns of FACTS in which any row says something."""
+    prompts: Lists
+    """The token ids of each prompt."""
+    answers: np.ndarray
+    """Where the responses of each row begin in `responses`, and where the last one's end."""
+    responses: Lists
+    """The token ids of each response."""
+
+    @staticmethod
+    def of(batch: Any) -> RowBatch:
+        """Make one of pyarrow's batch."""
+        columns = {name: batch.column(name) for name in FACTS}
+        facts = {name: column for name, column in columns.items() if column.null_count < len(column)}
+        responses = batch.column("responses")
+        return RowBatch(
+            facts, Lists.of(batch.column("prompt")), responses.offsets.to_numpy(), Lists.of(responses.values)
+        )
+
+
+@dataclass(eq=False)
 class RowFile:
     """Read rows of a file of encoded rankings, by number."""
 
     reader: Any
     """pyarrow's RecordBatchFileReader."""
-    _batches: dict[int, Any] = field(default_factory=dict)
+    _batches: dict[int, RowBatch] = field(default_factory=dict)
     """Batches that have been read; they hold no memory but the file's own."""
 
     @staticmethod
@@ -202,22 +251,14 @@ class RowFile:
             with_tokens: Whether to return its token ids too.
         """
         at, i = divmod(number, ROWS_AT_ONCE)
-        if at not in self._batches:
-            self._batches[at] = self.reader.get_batch(at)
-        batch = self._batches[at]
-        row = {name: batch.column(name)[i].as_py() for name in FACTS}
+        batch = self._batches.get(at)
+        if batch is None:
+            batch = self._batches[at] = RowBatch.of(self.reader.get_batch(at))
+        row = dict.fromkeys(FACTS) | {name: column[i].as_py() for name, column in batch.facts.items()}
         if with_tokens:
-            row["prompt"] = ids_at(batch.column("prompt"), i)
-            responses = batch.column("responses")
-            begin, end = responses.offsets[i].as_py(), responses.offsets[i + 1].as_py()
-            row["responses"] = [ids_at(responses.values, k) for k in range(begin, end)]
+            row["prompt"] = batch.prompts[i]
+            row["responses"] = [batch.responses[k] for k in range(batch.answers[i], batch.answers[i + 1])]
         return row
-
-
-def ids_at(column: Any, i: int) -> list[int]:
-    """Return the token ids in row i of a column of lists."""
-    begin, end = column.offsets[i].as_py(), column.offsets[i + 1].as_py()
-    return column.values[begin:end].to_numpy(zero_copy_only=True).tolist()
 
 
 @dataclass(eq=False)

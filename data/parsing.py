@@ -12,7 +12,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from data.records import Demonstration, Document, Prompt, Ranking, content_id
+from data.records import Demonstration, Document, Prompt, Ranking, id_of_content
 
 ROLES = ("system", "user", "assistant")
 EMAIL = re.compile(r"[^\s@]+@[^\s@]+\.[^\s@]+")
@@ -72,7 +72,7 @@ def parse_ranking(row: dict) -> Ranking:
         "source": row["source"] if isinstance(row.get("source"), str) and row["source"] else None,
         **parse_about(row),
     }
-    name = content_id(Ranking("", **fields)) if identifier is None else without_emails(str(identifier))
+    name = id_of_content(fields) if identifier is None else without_emails(str(identifier))
     return Ranking(name, **fields)
 
 
@@ -151,6 +151,9 @@ def parse_ranks(ranks: list, count: int) -> tuple[int | None, ...]:
         raise ValueError(f"{count} responses, {len(ranks)} ranks; expected one rank per response")
     checked: list[int | None] = []
     for position, rank in enumerate(ranks, 1):
+        if type(rank) is int:  # nearly all
+            checked.append(rank)
+            continue
         if type(rank) is float and rank.is_integer():  # tables hold whole numbers as floats beside nulls
             rank = int(rank)
         if rank is not None and type(rank) is not int:
@@ -246,7 +249,7 @@ def without_emails(name: str) -> str:
 
     What people are called goes into published files; who they are must not.
     """
-    return EMAIL.sub(lambda match: digest_of_name(match[0]), name)
+    return EMAIL.sub(lambda match: digest_of_name(match[0]), name) if "@" in name else name
 
 
 def digest_of_name(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from data.group_rows import ids_at
+from data.group_rows import Lists
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class PromptRows(Sequence[EncodedPrompt]):
     """pyarrow's RecordBatchFileReader."""
     indices: np.ndarray
     """The number in the file of each prompt."""
-    _batches: dict[int, Any] = field(default_factory=dict)
-    """Batches that have been read; they hold no memory but the file's own."""
+    _batches: dict[int, tuple[Any, Lists]] = field(default_factory=dict)
+    """Batches that have been read, with their token ids; they hold no memory but the file's own."""
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -133,24 +133,23 @@ class PromptRows(Sequence[EncodedPrompt]):
         """Return a prompt, or several."""
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        batch, i = self._place(at)
+        batch, ids, i = self._place(at)
         return EncodedPrompt(
-            ids=ids_at(batch.column("ids"), i),
-            data_row=row_of(batch.column("row")[i].as_py()),
-            place=batch.column("place")[i].as_py(),
+            ids=ids[i], data_row=row_of(batch.column("row")[i].as_py()), place=batch.column("place")[i].as_py()
         )
 
     def ids(self, at: int) -> list[int]:
         """Return the token ids of a prompt alone."""
-        batch, i = self._place(at)
-        return ids_at(batch.column("ids"), i)
+        _, ids, i = self._place(at)
+        return ids[i]
 
-    def _place(self, at: int) -> tuple[Any, int]:
-        """Return the batch that holds a prompt, and its number there."""
+    def _place(self, at: int) -> tuple[Any, Lists, int]:
+        """Return the batch that holds a prompt, the batch's token ids, and its number there."""
         number, i = divmod(int(self.indices[at]), ROWS_AT_ONCE)
         if number not in self._batches:
-            self._batches[number] = self.reader.get_batch(number)
-        return self._batches[number], i
+            batch = self.reader.get_batch(number)
+            self._batches[number] = batch, Lists.of(batch.column("ids"))
+        return *self._batches[number], i
 
 
 def read_prompts(path: Path) -> tuple[PromptRows, np.ndarray]:

@@ -16,11 +16,12 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 OPTIONAL = (
     "learnt",
@@ -147,6 +148,10 @@ class Prompt:
         return {**(self.extra or {}), **{key: x for key, x in about.items() if x is not None}, "prompt": prompt}
 
 
+CANONICAL = json.JSONEncoder(sort_keys=True)
+LINES = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+"""What writes the JSON of digests, and of lines of files; one for all, as making it takes time."""
+
 Record = Demonstration | Ranking | Document | Prompt
 
 
@@ -172,11 +177,15 @@ def prompt_key(prompt: str | Iterable[dict]) -> str:
 
     White space and the Unicode form of letters make no difference.
     """
-    turns = []
-    for message in as_messages(prompt):
-        words = unicodedata.normalize("NFC", message["content"]).split()
-        turns.append([message["role"], " ".join(words)])
+    if isinstance(prompt, str):  # of one user message the same as below, without making a list of it
+        return f'[["user", {json.dumps(_words(prompt), ensure_ascii=False)}]]'
+    turns = [[message["role"], _words(message["content"])] for message in as_messages(prompt)]
     return json.dumps(turns, ensure_ascii=False)
+
+
+def _words(text: str) -> str:
+    """Return the words of a text with one blank between them, their letters in one Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def judged_pairs(ranking: Ranking) -> Iterator[tuple[int, int, str]]:
@@ -187,9 +196,9 @@ def judged_pairs(ranking: Ranking) -> Iterator[tuple[int, int, str]]:
         or
         "identical". The same text once finished and once cut off counts as two different responses.
     """
-    answers = ranking.answers
-    for i, j in combinations(range(len(ranking.responses)), 2):
-        first, second = ranking.ranks[i], ranking.ranks[j]
+    ranks, answers = ranking.ranks, ranking.answers
+    for i, j in combinations(range(len(answers)), 2):
+        first, second = ranks[i], ranks[j]
         if first is None or second is None:
             yield i, j, "unjudged"
         elif answers[i] == answers[j]:
@@ -218,24 +227,32 @@ def ranks_of_labels(labels: Sequence[bool | None]) -> list[int | None]:
 
 def is_usable(ranking: Ranking) -> bool:
     """Return whether a loss can learn from a ranking: it has a usable pair, or a label."""
-    if any(label is not None for label in ranking.labels or ()):
-        return True
-    return any(verdict == "usable" for *_, verdict in judged_pairs(ranking))
+    return has_label(ranking) or any(verdict == "usable" for *_, verdict in judged_pairs(ranking))
 
 
 def content_id(ranking: Ranking) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of everything in a ranking except its id."""
-    content: list[object] = [as_messages(ranking.prompt), ranking.responses, ranking.ranks, ranking.labeler]
+    return id_of_content(vars(ranking))
+
+
+def has_label(ranking: Ranking) -> bool:
+    """Return whether any response of a ranking was judged by itself."""
+    return any(label is not None for label in ranking.labels or ())
+
+
+def id_of_content(fields: Mapping[str, Any]) -> str:
+    """Return what `content_id` does, of the fields that a ranking will have."""
+    content = [as_messages(fields["prompt"]), fields["responses"], fields["ranks"], fields["labeler"]]
     # Optional fields enter only where they say something, so that ids stay the same without them.
-    if ranking.margin is not None:
-        content.append(ranking.margin)
-    if not all(ranking.finished or ()):
-        content.append(ranking.finished)
-    if ranking.scores is not None:
-        content.append(["scores", ranking.scores])
-    if ranking.labels is not None:
-        content.append(["labels", ranking.labels])
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    if fields["margin"] is not None:
+        content.append(fields["margin"])
+    if fields["finished"] and not all(fields["finished"]):
+        content.append(fields["finished"])
+    if fields["scores"] is not None:
+        content.append(["scores", fields["scores"]])
+    if fields["labels"] is not None:
+        content.append(["labels", fields["labels"]])
+    return hashlib.sha256(CANONICAL.encode(content).encode()).hexdigest()[:16]
 
 
 # ── JSONL ────────────────────────────────────────────────────────────────────────────────────────
@@ -243,9 +260,13 @@ def content_id(ranking: Ranking) -> str:
 
 def to_json(record: Record) -> dict:
     """Return the JSON object that reads back as an equal record, without a prompt's extra keys."""
-    row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
-    row.pop("extra", None)
-    return {key: value for key, value in row.items() if key not in OPTIONAL or value not in (None, [])}
+    row = {}
+    for key, value in vars(record).items():
+        if isinstance(value, tuple):
+            value = list(value)
+        if key != "extra" and not (value in (None, []) and key in OPTIONAL):
+            row[key] = value
+    return row
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record | dict]) -> None:
@@ -274,7 +295,7 @@ def jsonl_writer(path: str | Path) -> Iterator[Callable[[Record | dict], None]]:
 
             def write(record: Record | dict) -> None:
                 row = record if isinstance(record, dict) else to_json(record)
-                handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                handle.write(LINES.encode(row) + "\n")
 
             yield write
             handle.flush()

@@ -20,7 +20,7 @@ from data.forms import FORMS, PROMPT_KINDS, recognise
 from data.forms.form import Form, LeftOut, Options
 from data.forms.marked import BASES as MAY_BE_MARKED
 from data.forms.marked import NAME as MARKED
-from data.forms.meaning import refuse_meaningful_keys, refuse_unknown_keys
+from data.forms.meaning import ToCheck, refuse_meaningful_keys, refuse_unknown_keys, what_to_check
 from data.parsing import METADATA, parse_demonstration, parse_document, parse_prompt, parse_ranking
 from data.progress import NOTE_EVERY
 from data.records import Demonstration, Prompt, Ranking, Record, content_id, prompt_key
@@ -45,6 +45,8 @@ KEPT = ("user_id", "kind", "meta", "row_text")
 """Keys of any form's rows that records keep."""
 LABELS = ("use_case", "category")
 """Keys that say what a prompt is for; records keep them under `meta`."""
+MOST_KEPT = 1000
+"""Sets of keys of which it is kept what they say."""
 MOST_ERRORS = 10_000
 """Error lines after which the rest of a source is not read."""
 
@@ -151,6 +153,18 @@ def no_wanted_row(source: Source) -> str:
     return f"{source.name}: no row has what where asks for ({wanted}); correct where"
 
 
+@dataclass(frozen=True)
+class KnownKeys:
+    """Hold what the keys of a row say, whatever their values: it is worked out once for a file."""
+
+    form: Form
+    """The form of the row; held, so that no other form gets its id."""
+    check: ToCheck | None
+    """Which values may change what the row means."""
+    unread: tuple[str, ...]
+    """Keys that nobody reads."""
+
+
 @dataclass
 class RowReader:
     """Turn rows into records of one kind, and keep what must be known across rows."""
@@ -179,6 +193,8 @@ class RowReader:
     """Hash of a prompt's key → what else its first row says (see `hashes_of_others`)."""
     _gathered: dict[int, tuple[Form, list[tuple[str, dict]]]] = field(default_factory=dict)
     """Id of a form whose records need several rows → the form and its rows."""
+    _known: dict[tuple[int | str, ...], "KnownKeys"] = field(default_factory=dict)
+    """Id of a form and the keys of a row of it → what is known of such rows."""
 
     def records(self, rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, Record]]:
         """Yield the records of rows, those that need several rows at the end."""
@@ -207,12 +223,14 @@ class RowReader:
                 self._bad(location, error)
                 continue
             for item in converted:
-                yield from self._record(location, item, row)
+                if (record := self._record(location, item, row)) is not None:
+                    yield location, record
         for form, gathered in self._gathered.values():
             assert form.gather is not None
             try:
                 for location, part in form.gather(gathered, options):
-                    yield from self._record(location, part, {})
+                    if (record := self._record(location, part, {})) is not None:
+                        yield location, record
             except ValueError as error:
                 self._bad(gathered[0][0], error)
 
@@ -234,7 +252,8 @@ class RowReader:
         )
         for one in worded:
             self.loaded.wordings[one.wording.name] += 1
-            yield from self._record(location, one.item, one.row)
+            if (record := self._record(location, one.item, one.row)) is not None:
+                yield location, record
 
     def _is_wanted(self, value: object) -> bool:
         """Return whether `where` lets a row pass."""
@@ -249,10 +268,14 @@ class RowReader:
         if self.source.columns and isinstance(value, dict):
             value = renamed(value, self.source.columns)
         form, row = recognise(self.kind, value)
-        ignore = (*self.source.ignore, *(self.source.where or ()))  # keys that are read after all
-        refuse_meaningful_keys(self.kind, form, row, ignore)
-        if not form.name:
-            refuse_unknown_keys(form, row, ignore)
+        keys = (id(form), *row)
+        known = self._known.get(keys)
+        if known is None:
+            known = self._checked(form, row)
+            if form.reads is None and len(self._known) < MOST_KEPT:
+                self._known[keys] = known
+        else:
+            refuse_meaningful_keys(form, row, known.check)
         if self.kind == "rankings":
             if self.source.by is not None:
                 refuse_other_judgments(form, self.source.by)
@@ -263,11 +286,24 @@ class RowReader:
         if self.kind == "demonstrations" and (form.name == MARKED or form in MAY_BE_MARKED):
             self.marked[form.name == MARKED] += 1
         self.loaded.forms["a plain string" if isinstance(value, str) else str(form)] += 1
-        known = form.keys_of(row)
-        for key in row:
-            if key not in known and key not in METADATA and key not in (self.source.where or ()):
-                self.loaded.unread[key] += 1
+        for key in known.unread:
+            self.loaded.unread[key] += 1
         return form, row
+
+    def _checked(self, form: Form, row: dict) -> "KnownKeys":
+        """Check the keys of a row; return what is known of all rows with the same form and keys.
+
+        Args:
+            form: Its form.
+            row: The row.
+        """
+        ignore = (*self.source.ignore, *(self.source.where or ()))  # keys that are read after all
+        check = what_to_check(self.kind, form, row, ignore)
+        refuse_meaningful_keys(form, row, check)
+        if not form.name:
+            refuse_unknown_keys(form, row, ignore)
+        read = {*form.keys_of(row), *METADATA, *(self.source.where or ())}
+        return KnownKeys(form, check, tuple(key for key in row if key not in read))
 
     def _convert(self, form: Form, row: dict, options: Options) -> list[dict | LeftOut]:
         """Return the rows of our own form that a row holds.
@@ -282,8 +318,8 @@ class RowReader:
         converted = form.convert(row, options)
         return converted if isinstance(converted, list) else [converted]
 
-    def _record(self, location: str, item: dict | ValueError, row: dict) -> Iterator[tuple[str, Record]]:
-        """Yield the record of a row of our own form; none if it is left out, wrong, or repeated.
+    def _record(self, location: str, item: dict | ValueError, row: dict) -> Record | None:
+        """Return the record of a row of our own form; None if it is left out, wrong, or repeated.
 
         Args:
             location: Where the row is.
@@ -292,14 +328,15 @@ class RowReader:
         """
         if isinstance(item, LeftOut):
             self.loaded.count_left_out(location, str(item))
-            return
+            return None
         if isinstance(item, ValueError):
             self._bad(location, item)
-            return
+            return None
         try:
-            item = {**{key: row[key] for key in KEPT if key in row}, **item}
+            if not row.keys().isdisjoint(KEPT):
+                item = {key: row[key] for key in KEPT if key in row} | item
             if "id" in self.source.ignore:
-                item.pop("id", None)
+                item = {key: value for key, value in item.items() if key != "id"}
             item = with_labels(item, row)
             if self.kind != "documents":
                 item = without_templates(item, self.source.templated)
@@ -314,7 +351,7 @@ class RowReader:
                 record = replace(record, extra=extra)
         except ValueError as error:
             self._bad(location, error)
-            return
+            return None
         if isinstance(record, Prompt):
             key = prompt_key(record.prompt)
             others = hashes_of_others(record)
@@ -324,11 +361,11 @@ class RowReader:
                 if others is not None and first is not None and others[0] == first[0]:
                     self.loaded.differing += others != first
                 self.loaded.leave_out(location, REPEATED, self._seen[key])
-                return
+                return None
             self._seen.add(key, location)
             if others is not None:
                 self._others[hash(key)] = others
-        yield location, record
+        return record
 
     def _bad(self, location: str, error: ValueError) -> None:
         """Count a row with a mistake as dropped, or as an error, as the source says."""

@@ -196,6 +196,9 @@ FIRST_LETTERS = ("<", "[", "#", "U", "B", "G", "H")
 """What `begins` of a template can begin with: other texts need not be searched."""
 LAST_LETTERS = (">", "]", ":", "assistant", "model")
 """What `ends` of a template can end with."""
+EDGE_LETTERS = (frozenset(FIRST_LETTERS), frozenset(end[-1] for end in LAST_LETTERS))
+"""The first and the last letters that a text in a template can have; also one with a token at its
+edge, a transcript, and the turn of a tool."""
 TURNS = tuple(re.compile(template.turn) for template in TEMPLATES)
 """`turn` of each template, compiled."""
 FRAMES = tuple(
@@ -265,7 +268,8 @@ def without_templates(row: dict, templated: str | None) -> dict:
         answers = [
             answer_without(one, templated, in_turns) if isinstance(one, str) else one for one in row["responses"]
         ]
-        result = {**result, "responses": answers}
+        if answers != row["responses"]:
+            result = {**result, "responses": answers}
     return result
 
 
@@ -319,6 +323,8 @@ def turns_in(text: str, what: str, templated: str | None) -> list[dict] | None:
         what: Its name in error lines.
         templated: "strip" or None; transcripts as of hh-rlhf are split in either case.
     """
+    if not has_edge_letter(text):
+        return None
     refuse_tools(text, what)
     if is_transcript(text):
         return turns_of_transcript(text)
@@ -331,6 +337,12 @@ def turns_in(text: str, what: str, templated: str | None) -> list[dict] | None:
     if template is None:
         return [{"role": "user", "content": without_edges(text)}]
     return turns_of_template(text, what, template)
+
+
+def has_edge_letter(text: str) -> bool:
+    """Return whether a text may hold anything that is looked for: most texts need no search."""
+    first, last = EDGE_LETTERS
+    return text.lstrip()[:1] in first or text.rstrip()[-1:] in last
 
 
 def template_of(text: str) -> Template | None:
@@ -443,6 +455,8 @@ def answer_without(text: str, templated: str | None, in_turns: bool, what: str =
             assistant's marker before it, are the template's too.
         what: Its name in error lines.
     """
+    if not in_turns and not has_edge_letter(text):
+        return text
     refuse_tools(text, what)
     token = begins_as_assistant(text)
     marker = marker_at_edge(text) or token

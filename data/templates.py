@@ -84,7 +84,7 @@ def render(
                 variables = {**tokenizer.special_tokens_map, **options}
                 texts = _worker.render(tokenizer.get_chat_template(), some, variables)
             else:
-                texts = [_render_here(tokenizer, one, tokenize=False, **options) for one in some]
+                texts = _render_all(tokenizer, some, **options)
         except TemplateOverrun as error:
             error.index += done
             raise
@@ -103,6 +103,16 @@ def _render_here(tokenizer: PreTrainedTokenizerBase, conversation: list[dict], *
         return tokenizer.apply_chat_template(conversation, **options)
     except TemplateError as refusal:
         return refusal
+
+
+def _render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], **options: Any
+) -> list[str | TemplateError]:
+    """Return the text of each conversation as of `_render_here`, in one call if none is refused."""
+    try:
+        return list(tokenizer.apply_chat_template(conversations, tokenize=False, **options))
+    except TemplateError:
+        return [_render_here(tokenizer, one, tokenize=False, **options) for one in conversations]
 
 
 def is_foreign(tokenizer: PreTrainedTokenizerBase, trusted: str) -> bool:

@@ -30,5 +30,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, is_pl
     encoded = tokenizer(
         different, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **options
     )["input_ids"]
+    if len(different) == len(texts):  # the usual case needs no copies
+        return list(encoded)
     known = dict(zip(different, encoded, strict=True))
     return [list(known[text]) for text in texts]

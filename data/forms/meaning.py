@@ -6,7 +6,8 @@ under `ignore`.
 """
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from data.forms.form import Form, Row
 from data.forms.learnt import MARKS
@@ -133,6 +134,8 @@ OF_LOSS = frozenset(MARKS)
 """Keys of messages that say whether they are learnt."""
 ASSISTANTS = tuple(name for name, role in SPEAKERS.items() if role == "assistant")
 """Names of the assistant's role, in lower case."""
+NESTED = (list, dict)
+"""Types of values that hold values."""
 USERS = tuple(name for name, role in SPEAKERS.items() if role == "user")
 """Names of the user's role, in lower case."""
 MATTERS = {
@@ -174,52 +177,88 @@ def says_something(key: str, value: object) -> bool:
     return value not in (None, "", [], {}, "[]", "{}", "null")
 
 
-def refuse_meaningful_keys(kind: str, form: Form, row: Row, ignore: Iterable[str]) -> None:
-    """Raise ValueError for a key that changes what the row means and that the form does not read.
+@dataclass(frozen=True)
+class ToCheck:
+    """Say which values of a row may change what it means: nearly all rows of a file share this."""
+
+    verdicts: tuple[str, ...]
+    """Keys that may say that the answer to teach is a bad one, or how good it is."""
+    matter: tuple[str, ...]
+    """Keys that change what the row means if they say anything."""
+    in_messages: frozenset[str]
+    """Keys that may not be inside a message."""
+
+
+def what_to_check(kind: str, form: Form, row: Row, ignore: Iterable[str]) -> ToCheck | None:
+    """Return which values of a row may change what it means, and are not read.
 
     Args:
         kind: The kind of data.
         form: The form of the row.
-        row: The row.
+        row: The row, of which only the keys matter (and what `form.reads` looks at).
         ignore: Keys that the source leaves unread on purpose.
+
+    Returns:
+        What to check; None for a kind to which no key matters.
     """
     matters = MATTERS[kind]
     if not matters:
-        return
+        return None
     known = {*form.keys_of(row), *form.harmless, *ignore}
-    if kind == "demonstrations":
-        refuse_verdicts(row, known)
-    for key, value in row.items():
-        if key in matters and key not in known and says_something(key, value):
+    unknown = [key for key in row if key not in known]
+    is_taught = kind == "demonstrations"
+    in_messages = IN_MESSAGES | OF_LOSS if is_taught else IN_MESSAGES
+    return ToCheck(
+        verdicts=tuple(key for key in unknown if is_taught and (key in VERDICTS or key.endswith(".responses"))),
+        matter=tuple(key for key in unknown if key in matters),
+        in_messages=in_messages - form.in_messages - form.harmless - frozenset(ignore),
+    )
+
+
+def refuse_meaningful_keys(form: Form, row: Row, check: ToCheck | None) -> None:
+    """Raise ValueError for a key that changes what the row means and that the form does not read.
+
+    Args:
+        form: The form of the row.
+        row: The row.
+        check: What `what_to_check` gives for its keys.
+    """
+    if check is None:
+        return
+    for key in check.verdicts:
+        refuse_verdict(key, row[key])
+    for key in check.matter:
+        if says_something(key, row[key]):
             as_what = f"a row {form}" if not form.name else f"a row of {form}"
             raise ValueError(
                 f"the key '{key}' changes what {as_what} means, and is not read; take it out, or say "
                 f"ignore: [{key}] in the source"
             )
-    in_messages = IN_MESSAGES | OF_LOSS if kind == "demonstrations" else IN_MESSAGES
-    refuse_in_messages(row, in_messages - form.in_messages - form.harmless - frozenset(ignore))
+    refuse_in_messages(row, check.in_messages)
 
 
-def refuse_verdicts(row: Row, known: Collection[str]) -> None:
-    """Raise ValueError for what says that the answer to teach is a bad one, or how good it is.
+def refuse_verdict(key: str, value: object) -> None:
+    """Raise ValueError if a key says that the answer to teach is a bad one, or how good it is.
 
     Args:
-        row: The row.
-        known: The keys that the form reads, or that the source leaves unread on purpose.
+        key: One of VERDICTS, or what people answered to a question of Argilla.
+        value: Its value.
     """
-    for key, value in row.items():
-        if key in known:
-            continue
-        if key in VERDICTS and isinstance(value, str | bool | int | float) and str(value).strip().lower() in BAD:
-            raise ValueError(
-                f"the key '{key}' says that the answer is bad ({describe(value)}), and is not read; say columns: "
-                f"{{label: {key}}} to take only the good answers, or ignore: [{key}] in the source"
-            )
-        if key.endswith(".responses") and says_something(key, value):
-            raise ValueError(
-                f"the key '{key}' is what people answered to a question of Argilla about this row, and is not read; "
-                f"take it out, or say ignore: [{key}] in the source"
-            )
+    if key in VERDICTS and isinstance(value, str | bool | int | float) and str(value).strip().lower() in BAD:
+        raise ValueError(
+            f"the key '{key}' says that the answer is bad ({describe(value)}), and is not read; say columns: "
+            f"{{label: {key}}} to take only the good answers, or ignore: [{key}] in the source"
+        )
+    if key.endswith(".responses") and says_something(key, value):
+        raise ValueError(
+            f"the key '{key}' is what people answered to a question of Argilla about this row, and is not read; "
+            f"take it out, or say ignore: [{key}] in the source"
+        )
+
+
+def may_hold_messages(value: object) -> bool:
+    """Return whether a value may be, or hold, messages: most values are texts and numbers."""
+    return isinstance(value, NESTED) or (isinstance(value, str) and value.lstrip()[:1] == "[")
 
 
 def refuse_in_messages(value: object, keys: frozenset[str]) -> None:
@@ -231,20 +270,22 @@ def refuse_in_messages(value: object, keys: frozenset[str]) -> None:
     """
     if isinstance(value, list):
         for item in value:
-            refuse_in_messages(item, keys)
+            if may_hold_messages(item):
+                refuse_in_messages(item, keys)
     elif isinstance(value, str) and LIST_OF_MESSAGES.match(value):
         refuse_in_messages(from_text(value), keys)
     elif isinstance(value, dict):
         role = value.get("role", value.get("from"))
+        speaker = role.lower() if isinstance(role, str) else None
         for key, item in value.items():
-            if isinstance(role, str) and key in keys and says_something(key, item):
-                if key in OF_LOSS and role.lower() not in ASSISTANTS:
+            if speaker is not None and key in keys and says_something(key, item):
+                if key in OF_LOSS and speaker not in ASSISTANTS:
                     continue  # what is not the assistant's is not learnt anyway
                 raise ValueError(
                     f"the key '{key}' of a message of the {role} changes what the conversation means, and is not "
                     f"read; take such conversations out, or say ignore: [{key}] in the source"
                 )
-            if key not in ("meta", "metadata"):
+            if may_hold_messages(item) and key not in ("meta", "metadata"):
                 refuse_in_messages(item, keys)
 
 

@@ -224,6 +224,8 @@ def alternating(texts: list[str]) -> list[Row]:
 
 def system_of(row: Row) -> object:
     """Return the system message beside a prompt or a conversation; None if there is none."""
+    if row.keys().isdisjoint(SYSTEM_KEYS):  # nearly all rows
+        return None
     value = next((row[key] for key in SYSTEM_KEYS if row.get(key) not in (None, "", [], {})), None)
     if isinstance(value, dict) and "parts" in value:
         value = value["parts"]

@@ -12,7 +12,7 @@ import numpy as np
 from data import sources
 from data.error_lines import shorten
 from data.group_rows import ROWS_AT_ONCE
-from data.records import Ranking, is_usable, jsonl_writer, judged_pairs, prompt_key
+from data.records import Ranking, has_label, jsonl_writer, judged_pairs, prompt_key
 from data.row_reader import records
 from data.source import Loaded
 from data.streams import position_of
@@ -61,8 +61,9 @@ class Read:
     def add(self, ranking: Ranking) -> None:
         """Remember a ranking."""
         self.positions.append(position_of(prompt_key(ranking.prompt)))
-        self.pairs.append(usable_pairs(ranking))
-        self.usable.append(is_usable(ranking))
+        pairs = usable_pairs(ranking)
+        self.pairs.append(pairs)
+        self.usable.append(pairs > 0 or has_label(ranking))
         name = ranking.labeler
         self.labelers.append(-1 if name is None else self.names.setdefault(name, len(self.names)))
 

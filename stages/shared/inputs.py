@@ -17,7 +17,6 @@ from data.group_rows import (
     EncodedRanking,
     GroupRows,
     count_pairs,
-    group_of,
     groups_of,
     read_groups,
     write_groups,
@@ -28,7 +27,6 @@ from data.row_reader import records
 from data.source import Loaded
 from data.source import Source as ReaderSource
 from data.streams import held_out
-from data.ties import judged_ties
 from pipeline.errors import UserError
 from pipeline.stage import Source
 from pipeline.store import integrity
@@ -264,7 +262,7 @@ def encoded_rankings(
         for i, prompt, group in zip(*limiter.fit(prompts, responses, names), strict=True):
             limiter.report.equal += [names[i]] * equal_pairs(rankings[i], group)
             row = EncodedRanking(prompt, group, rankings[i])
-            limiter.report.ties += sum(1 for _ in judged_ties(group_of(row)))
+            limiter.report.ties += row.ties
             yield row
         count += len(batch)
         note(count)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -295,3 +296,12 @@ def test_a_missing_id_is_made_from_the_content():
     assert first.id == hashlib.sha256(content).hexdigest()[:16]
     ended, cut = (parse_ranking({**RANKING, "finished": [True, last]}) for last in (True, False))
     assert (ended.id, cut.finished) == (first.id, (True, False)) and cut.id != first.id  # what goes without saying
+
+
+@SETTINGS
+@given(prompts())
+def test_a_string_has_the_key_of_the_one_message_that_it_is(prompt):
+    turns = [[message["role"], message["content"]] for message in records.as_messages(prompt)]
+    plain = [[role, " ".join(unicodedata.normalize("NFC", content).split())] for role, content in turns]
+    key = records.prompt_key(prompt)
+    assert key == records.prompt_key(records.as_messages(prompt)) == json.dumps(plain, ensure_ascii=False)

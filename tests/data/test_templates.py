@@ -86,6 +86,18 @@ def test_our_own_template_needs_no_other_process(tokenizer, monkeypatch):
     assert encode_prompts(tokenizer, ["one", "two"], "ab")[0] == encode_prompt(tokenizer, "one")
 
 
+def test_one_refusal_does_not_keep_our_own_template_from_the_others(tokenizer):
+    """Check conversations that are rendered in one call."""
+    tokenizer.chat_template = ALTERNATING
+    bad = [{"role": "system", "content": "be brief"}, *CONVERSATIONS[0]]
+    mixed = [CONVERSATIONS[0], bad, CONVERSATIONS[2]]
+    options = {"trusted": ALTERNATING, "tokenize": [False] * 3}
+    first, refused, last = templates.render(tokenizer, mixed, **options)
+    assert isinstance(refused, TemplateError)
+    alone = [tokenizer.apply_chat_template(mixed[i], tokenize=False) for i in (0, 2)]
+    assert [first, last] == alone
+
+
 @pytest.mark.parametrize(
     "template, what",
     [

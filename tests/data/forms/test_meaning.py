@@ -118,3 +118,27 @@ def test_a_conversation_without_messages_is_left_out(tmp_path, key):
     path.write_text(json.dumps({key: []}) + "\n" + json.dumps({key: [USER, ANSWER]}) + "\n", encoding="utf-8")
     result = read("demonstrations", Source(path))
     assert len(result.records) == 1 and result.left_out == {"a conversation without messages": 1}
+
+
+@pytest.mark.parametrize(
+    "row, later, word",
+    [
+        ({**PLAIN, "weight": 1}, {**PLAIN, "weight": 0}, "'weight'"),
+        ({**PLAIN, "is_correct": True}, {**PLAIN, "is_correct": False}, "'is_correct'"),
+        ({"prompt": "a", "completion": [ANSWER]}, {"prompt": "a", "completion": [{**ANSWER, "label": 0}]}, "'label'"),
+        ({**PLAIN, "note": 1}, {**PLAIN, "sistem": "c"}, "'sistem'"),
+    ],
+)
+def test_rows_with_the_keys_of_an_earlier_one_are_checked_too(tmp_path, row, later, word):
+    """Check that what is known of a set of keys hides no value, and no other key."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, row, later, row)), encoding="utf-8")
+    [line] = read("demonstrations", Source(path)).errors
+    assert line.startswith(f"{path}:3: ") and word in line
+
+
+def test_keys_that_nobody_reads_are_counted_in_every_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{**PLAIN, "note": 1}, {"note": 2, **PLAIN}, {**PLAIN, "note": 3, "other": 4}, {**PLAIN, "note": 5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read("demonstrations", Source(path)).unread == {"note": 4, "other": 1}
