@@ -7,6 +7,7 @@ all processes need one file system, as they do for resuming.
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -125,7 +126,7 @@ class SharedSave:
             files.fsync_file(self.staged / name)
         described = integrity.describe_files(self.staged, names)
         if rank:
-            files.write_json(self.staged / _record_name(rank), described)
+            _report(self.staged / _record_name(rank), described)
         return described
 
     def _records_of_others(self) -> dict[str, Any]:
@@ -155,6 +156,18 @@ def sees(staged: Path, within: float | None = None) -> bool:
             return False
         time.sleep(PAUSE)
     return True
+
+
+def _report(record: Path, described: dict[str, Any]) -> None:
+    """Tell rank 0 what this process has written.
+
+    The record appears whole, and then rank 0 may rename the folder at once: nothing in it may be
+    touched after that, not even to force names to disk, which rank 0 does before it renames.
+    """
+    staged = record.with_name(f".tmp-{record.name}")
+    with files.name_in_errors(staged):
+        staged.write_text(json.dumps(described), encoding="utf-8")
+    os.replace(staged, record)
 
 
 def _record_name(rank: int) -> str:
