@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import running
+from tests.marks import first_of_a_kind
 from tests.stages.micro_chain import write_data
 
 HERE = Path(__file__).resolve().parent
@@ -37,9 +38,9 @@ class Smoke:
 
 
 PROGRAMS = {
-    "rm": Smoke(("--quick", "--only", "quick/step/k4/4:1/variable"), 2),
     "dpo": Smoke(("--quick", "--only", "quick/step/k2/1:1/variable", "quick/growth"), 3),
     "ppo": Smoke(("--quick", "--only", "quick/decode", "quick/update/variable/n1/e1/ptx"), 2),
+    "rm": Smoke(("--quick", "--only", "quick/step/k4/4:1/variable"), 2),  # by dpo's code
 }
 """Benchmarks that start processes, which find their code by that of the program."""
 QUICK = {
@@ -106,7 +107,7 @@ def lines_of(printed: str, smoke: Smoke) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", first_of_a_kind(PROGRAMS, 2))
 def test_a_program_runs(name, folder):
     smoke = PROGRAMS[name]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

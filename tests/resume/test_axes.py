@@ -52,7 +52,7 @@ def test_they_sample_and_score_as_one_process_does(stage, oracle, tmp_path):
     ("dpo", 1, 2, (TENSOR,)),
     ("sft", 0, 2, (TENSOR,)),
     ("dpo", 0, 2, (CONTEXT,)),
-    ("dpo", 3, 4, (TENSOR, FSDP)),
+    pytest.param("dpo", 3, 4, (TENSOR, FSDP), marks=pytest.mark.exhaustive),
 ])  # fmt: skip
 def test_killed_and_resumed_they_give_the_same_bytes(stage, who, size, settings, oracle, tmp_path):
     found = []

@@ -36,7 +36,7 @@ for folder in folders:
 """
 
 
-@pytest.fixture(scope="module", params=ATTENTION)
+@pytest.fixture(scope="module", params=first_of_a_kind(ATTENTION, 1))
 def chain(request, tmp_path_factory):
     """Return (artifacts, arguments) of the chain on a model whose folder is then removed."""
     root = tmp_path_factory.mktemp(request.param)

@@ -145,7 +145,7 @@ def test_two_processes_weigh_as_one(oracle, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", first_of_a_kind(["fsdp2", "ddp"], 1))
-@pytest.mark.parametrize("peft", ["null", "{method: lora, r: 2}"])
+@pytest.mark.parametrize("peft", first_of_a_kind(["null", "{method: lora, r: 2}"], 1))
 def test_two_processes_learn_from_one(oracle, tmp_path, strategy, peft):
     root = copy_without(oracle, tmp_path, "ppo")
     settings = (f"launch.strategy={strategy}", f"model.peft={peft}")
@@ -193,7 +193,7 @@ def test_evaluate_samples_each_policy_with_it(oracle, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", first_of_a_kind(["fsdp2", "ddp"], 1))
-@pytest.mark.parametrize("stage", ["rankings", "evaluate"])
+@pytest.mark.parametrize("stage", first_of_a_kind(["rankings", "evaluate"], 1))
 def test_two_processes_sample_with_one(stage, strategy, oracle, tmp_path):
     """With shards or whole models: the same responses as one process."""
     roots = [copy_without(oracle, tmp_path / name, stage) for name in ("alone", "both")]
