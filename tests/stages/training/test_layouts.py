@@ -267,7 +267,9 @@ def test_peaks_of_two_processes_have_the_order_of_the_zero_table():
 
     found = layouts.measured()
     for name, figures in found.items():
-        assert figures == pytest.approx(layouts.computed(name), rel=0.16), name
+        # a process that is ahead of the other one holds the shards of one more layer, a tenth of all, for a moment
+        near = 0.26 if name == "shard: weights, offload: all" else 0.16
+        assert figures == pytest.approx(layouts.computed(name), rel=near), name
     order = list(layouts.LAYOUTS)[:6]
     held = [found[name][0] for name in order]
     assert held == sorted(held, reverse=True) and len(set(held)) == 6, found
