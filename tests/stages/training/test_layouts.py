@@ -267,7 +267,7 @@ def test_peaks_of_two_processes_have_the_order_of_the_zero_table():
 
     found = layouts.measured()
     for name, figures in found.items():
-        # a process that is ahead of the other one holds the shards of one more layer, a tenth of all, for a moment
+        # a process that is ahead of the other one holds one more layer, a tenth of all, for a while
         near = 0.26 if name == "shard: weights, offload: all" else 0.16
         assert figures == pytest.approx(layouts.computed(name), rel=near), name
     order = list(layouts.LAYOUTS)[:6]
