@@ -130,13 +130,11 @@ def with_noise(
             name = f"labeler {k + 1}"
             by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=tuple(ranks), labeler=name, scores=None))
         noisy.append(by_labeler)
-    gaps = [
-        abs(own[0][i] - own[0][j]) for own, texts in zip(seen, answers, strict=True) for i, j in labelers.pairs(texts)
-    ]
+    equal = [own[0][i] == own[0][j] for own, texts in zip(seen, answers, strict=True) for i, j in labelers.pairs(texts)]
     return noisy, {
         "noise": noise,
         "expected_agreement": labelers.expected_agreement(seen, answers, noise),
-        "equal_scores": sum(gap == 0 for gap in gaps) / len(gaps),
+        "equal_scores": float(np.mean(equal)),
     }
 
 

@@ -45,7 +45,7 @@ class Shares:
 
 @dataclasses.dataclass
 class Read:
-    """What is remembered of each ranking while it is read, in its order."""
+    """Hold what the split needs to know of each ranking, in the order of reading."""
 
     positions: array = dataclasses.field(default_factory=lambda: array("d"))
     """The position of its prompt, as of `position_of`."""

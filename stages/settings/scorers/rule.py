@@ -216,7 +216,7 @@ class LengthSection(RuleSection):
     )
 
     def problems(self, key: str) -> list[str]:
-        """Return a line if there is no range."""
+        """Return a line if the limits state no range, or contradict each other."""
         if self.target is not None and (self.at_least is not None or self.at_most is not None):
             return [f"{key}.target: stands beside at_least or at_most; give it, or them"]
         if self.target is None and self.at_least is None and self.at_most is None:

@@ -73,6 +73,11 @@ def points_of(place: Place, seed: int, folder: str, wanted: Sequence[Wanted], sa
     return points
 
 
+def by_value(points: Sequence[dict]) -> list[dict]:
+    """Return points of `points_of` with n as the value of best of n."""
+    return [point | {"value": point.get("n", point["value"])} for point in points]
+
+
 def point_of(point: Any) -> dict[str, float | None]:
     """Return the figures of a point; gold is that on tasks not trained on, if there are any."""
     own = point.figures()

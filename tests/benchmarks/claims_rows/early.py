@@ -2,7 +2,7 @@
 
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, points_of
+from claims_rows.conditions import Wanted, by_value, points_of
 from claims_rows.overoptimisation import NEAR, PART, both, gao, gap, near_line, plot_of, residuals_plot
 from claims_rows.row import Figure, Measurement, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
@@ -21,7 +21,7 @@ def run(place: Place, seed: int, settings: dict) -> dict:
         wanted.append(Wanted("ppo", value, "ppo", (plain, f"ppo.kl_coef={value!r}")))
     wanted += [Wanted("dpo", value, "dpo", (f"dpo.beta={value!r}",)) for value in settings["betas"]]
     points = points_of(place, seed, "early", wanted, settings["samples"], "ppo")
-    return {"points": [point | {"value": point.get("n", point["value"])} for point in points], "own": {"ppo": own}}
+    return {"points": by_value(points), "own": {"ppo": own}}
 
 
 MEASUREMENT = Measurement(

@@ -1,8 +1,10 @@
 """Rows of controlled sentiment on a real model: reward against KL, where a lexicon is gold."""
 
+from dataclasses import replace
+
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, points_of
+from claims_rows.conditions import Wanted, by_value, points_of
 from claims_rows.overoptimisation import both, gap, plot_of
 from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
@@ -34,10 +36,9 @@ def run(place: Place, seed: int, settings: dict) -> dict:
         wanted.append(Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)))
     wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
     judged = () if settings["judge"] is None else (f"samples.gold_judge={settings['judge']}",)
-    wanted = [Wanted(one.method, one.value, one.policy, (*one.overrides, *judged), one.best_of) for one in wanted]
+    wanted = [replace(one, overrides=(*one.overrides, *judged)) for one in wanted]
     points = points_of(place, seed, "sentiment", wanted, settings["samples"], "dpo")
-    points = [point | {"value": point.get("n", point["value"])} for point in points]
-    return {"points": points, "own": own}
+    return {"points": by_value(points), "own": own}
 
 
 LEXICON = {
