@@ -694,17 +694,29 @@ class TestCommand:
         started.clear()
         assert command("--workers", "2")[0] == 0
 
-    def test_keep_publishes_a_whole_run_only(self, count, command, tmp_path, capsys):
-        for words in (["--quick"], ["--only", "first"], ["--seeds", "3", "4"], ["ppo.kl_coef=1"]):
+    def test_keep_publishes_rows_at_their_whole_size_only(self, count, command, tmp_path, capsys):
+        for words in (["--quick"], ["--seeds", "3", "4"], ["ppo.kl_coef=1"], ["-c", "configs/tiny.yaml"]):
             assert command("--keep", *words)[0] == 2
             assert capsys.readouterr().err.startswith("error: command line: --keep")
         (tmp_path / "results").mkdir()
         count.fails_at = 7
         assert command("--keep")[0] == 2 and not list((tmp_path / "results").iterdir())
-        assert "not written, as rows are unfinished" in capsys.readouterr().out
+        assert "nothing kept: 0 of 2 rows are finished" in capsys.readouterr().out
         count.fails_at = None
         _, rows = command("--keep")
         assert json.loads((tmp_path / "results/claims.json").read_text("utf-8")) == rows
+
+    def test_keep_publishes_what_is_finished_beside_rows_that_are_not(self, count, command, monkeypatch, tmp_path):
+        other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
+        other.measurement.run.stops_at = 5
+        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        (tmp_path / "results").mkdir()
+        command("--only", "third")
+        code, rows = command("--only", "first", "--keep")
+        assert code == 0 and [row["seeds"] for row in rows] == [[3, 4, 5, 6, 7]] * 2 + [[3, 4]]
+        kept = json.loads((tmp_path / "results/claims.json").read_text("utf-8"))
+        assert kept[:2] == rows[:2]
+        assert kept[2]["verdict"] == NOT_RUN and not kept[2]["seeds"] and kept[2]["ours"] is kept[2]["commit"] is None
 
     def test_an_unknown_row_is_one_line_and_exit_2(self, command, capsys):
         assert command("--only", "nonsense") == (2, [])
