@@ -553,11 +553,11 @@ class TestByJudge:
         """The judge scores by length alone; cut answers would turn it round if they counted."""
         rows = []
         for i in range(40):
-            longer = i % 10 != 0
+            length = 50 + (-60, -30, -5, 5, 10, 20, 30, 40, 50, 60)[i % 10]
             rows += self.rows_of("sft", f"prompt {i}", (50, 50.0, True), (500, 9999.0, False))
-            rows += self.rows_of("ppo", f"prompt {i}", *[(n := 60 if longer else 40, float(n), True)] * 2)
+            rows += self.rows_of("ppo", f"prompt {i}", *[(length, float(length), True)] * 2)
         wins = sum(row["judges"]["kept"] > 50 for row in rows if row["policy"] == "ppo") / 80
-        assert wins == 0.9
+        assert wins == 0.7
         assert by_judge.at_equal_length(rows, "ppo") == pytest.approx(0.5, abs=0.1)
         better = [row | {"judges": {"kept": 60.0}} if row["policy"] == "ppo" else row for row in rows]
         assert by_judge.at_equal_length(better, "ppo") > 0.9
