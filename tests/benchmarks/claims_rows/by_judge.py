@@ -42,7 +42,9 @@ def run(place: Place, seed: int, settings: dict) -> dict:
     folder = store.folder("evaluate")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
-    own = store.manifest("rm")["metrics"]
+    manifest = store.manifest("rm")
+    assert manifest is not None, "evaluate needs it"
+    own = manifest["metrics"]
     return {
         "judge": accuracy_of(own["judges"]["kept"]),
         "climbed": accuracy_of(own),
