@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks import ea
 
 import claims
 from claims_rows import (
+    by_judge,
     catalogue,
     climbed,
     demo,
@@ -36,7 +37,7 @@ from claims_rows import (
     whole_rankings,
 )
 from claims_rows.page import Entry, page, seeds_text
-from claims_rows.row import Figure, Measurement, Row, finding_of, minus, reader
+from claims_rows.row import Figure, Measurement, Row, derived, finding_of, minus, reader
 from claims_rows.verdicts import (
     FAILS,
     HOLDS,
@@ -485,6 +486,97 @@ class TestReadings:
         assert minus(reader("a"), reader("b"))({"a": 1.0}) is None
 
 
+class TestByJudge:
+    @staticmethod
+    def found(seed: int, by_judge_wins: float = 0.6) -> dict:
+        """Return what is found where PPO wins by the judge, and by the climbed model more."""
+
+        def policy(wins: float, climbed: float, equal: float | None) -> dict:
+            says = {"wins": {"judge": wins, "climbed": climbed}, "gain": {"judge": 0.1, "climbed": 0.4}}
+            return says | {"low": wins - 0.05, "at_equal_length": equal, "length": 90, "eos_rate": 0.9, "kl": 2.0}
+
+        return {
+            "judge": {"accuracy": 0.65, "low": 0.6 + 0.001 * seed},
+            "climbed": {"accuracy": 0.65, "low": 0.6},
+            "policies": {
+                "sft": {"length": 100, "eos_rate": 0.7, "kl": 0.0},
+                "ppo": policy(by_judge_wins + 0.01 * seed, 0.75, 0.55 + 0.01 * seed),
+                "dpo": policy(0.5, 0.5 + 0.01 * seed, None),
+            },
+        }
+
+    @staticmethod
+    def rows_of(policy: str, prompt: str, *answers: tuple[int, float, bool]) -> list[dict]:
+        """Return rows of responses.jsonl from (length, the judge's score, finished) of each."""
+        return [
+            {"policy": policy, "prompt": prompt, "length": length, "judges": {"kept": score}, "finished": finished}
+            for length, score, finished in answers
+        ]
+
+    def test_verdicts(self):
+        observed = {seed: self.found(seed) for seed in range(3)}
+        findings = {row.key: finding_of(row, observed) for row in by_judge.ROWS}
+        assert {key: finding["verdict"] for key, finding in findings.items()} == {
+            "preferences-ppo-by-judge": HOLDS,
+            "preferences-dpo-by-judge": UNTOLD,
+            "preferences-climbed-overrates": HOLDS,
+        }
+        gaps = findings["preferences-climbed-overrates"]["figures"][0]["by_seed"]
+        assert list(gaps.values()) == pytest.approx([0.15, 0.14, 0.13])
+        lower = {seed: self.found(seed, by_judge_wins=0.4) for seed in range(3)}
+        assert finding_of(by_judge.ROWS[0], lower)["verdict"] == FAILS
+        for row in by_judge.ROWS:
+            drawn = row.plots(observed)
+            assert len(drawn) == 5 and all(picture(plot).svg for plot in drawn)
+
+    def test_a_judge_that_may_know_nothing_weakens_what_it_says(self):
+        observed = {seed: self.found(seed) for seed in range(3)}
+        for seed, found in observed.items():
+            found["judge"]["low"] = 0.45 + 0.001 * seed
+        assert finding_of(by_judge.ROWS[0], observed)["verdict"] == WEAKER
+
+    def test_figures_of_a_policy(self):
+        def verdict(wins: float, gain: float) -> dict:
+            return {
+                "win_rate_vs_sft": {"value": wins, "ci95": [wins - 0.1, wins + 0.1]},
+                "difference_to_sft": {"value": gain},
+            }
+
+        entry = {"length": 90.0, "eos_rate": 0.9, "kl_to_sft": 2.0, "win_rate_vs_sft": {"value": 0.1}}
+        entry["judges"] = {"gold": verdict(0.9, 0.9), "kept": verdict(0.6, 0.2), "reward_model": verdict(0.8, 0.7)}
+        found = by_judge.figures("ppo", entry, [])
+        assert found["wins"] == {"judge": 0.6, "climbed": 0.8} and found["gain"] == {"judge": 0.2, "climbed": 0.7}
+        assert found["low"] == pytest.approx(0.5) and found["at_equal_length"] is None and found["kl"] == 2.0
+        assert set(by_judge.figures("sft", entry, [])) == {"length", "eos_rate", "kl"}
+
+    def test_longer_answers_alone_win_nothing_at_equal_length(self):
+        """The judge scores by length alone; cut answers would turn it round if they counted."""
+        rows = []
+        for i in range(40):
+            length = 50 + (-60, -30, -5, 5, 10, 20, 30, 40, 50, 60)[i % 10]
+            rows += self.rows_of("sft", f"prompt {i}", (50, 50.0, True), (500, 9999.0, False))
+            rows += self.rows_of("ppo", f"prompt {i}", *[(length, float(length), True)] * 2)
+        wins = sum(row["judges"]["kept"] > 50 for row in rows if row["policy"] == "ppo") / 80
+        assert wins == 0.7
+        assert by_judge.at_equal_length(rows, "ppo") == pytest.approx(0.5, abs=0.1)
+        better = [row | {"judges": {"kept": 60.0}} if row["policy"] == "ppo" else row for row in rows]
+        assert by_judge.at_equal_length(better, "ppo") > 0.9
+        assert by_judge.at_equal_length([row for row in rows if row["policy"] == "sft"], "ppo") is None
+
+    @pytest.mark.parametrize("size", ["whole", "quick"])
+    def test_its_settings_are_valid_in_the_config(self, size, tmp_path):
+        """The judge gets as large a share of prompts as the reward model and DPO."""
+        args = claims.parse(["--size", size, "--artifacts", str(tmp_path)])
+        place = claims.place_of(args, None, by_judge.MEASUREMENT)
+        own = by_judge.MEASUREMENT.settings[size]["overrides"]
+        from pipeline import api
+
+        experiment = api.load_experiment(derived(place, "halves", [*by_judge.HALVES, *own]).config)
+        rankings = experiment.rankings
+        assert 1 - rankings.validation_fraction - rankings.judge_fraction == pytest.approx(rankings.judge_fraction)
+        assert experiment.rm.ensemble == 1 and not experiment.rm.held_out
+
+
 class TestSentiment:
     @staticmethod
     def found():
@@ -874,11 +966,13 @@ def test_two_rows_with_a_tiny_model(command, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_rows_of_a_real_model_with_a_tiny_one(command, tmp_path):
-    """They run on one seed, and the same prompts are held out whatever is trained on."""
-    assert command("--size", "micro", "--only", "rule-taught", "people-over-chance", "--seeds", "3")[0] == 0
+    """They run on one seed; the same prompts are held out whatever is trained on; the judge's train
+    nothing else."""
+    only = ["rule-taught", "people-over-chance", "preferences-ppo-by-judge"]
+    assert command("--size", "micro", "--only", *only, "--seeds", "3")[0] == 0
     everything = json.loads((tmp_path / "claims/micro/claims.json").read_text("utf-8"))
     rows = [row for row in everything if row["seeds"]]
-    assert [row["row"] for row in rows] == [row.key for row in (*rule.ROWS, *preferences.ROWS)]
+    assert [row["row"] for row in rows] == [row.key for row in (*rule.ROWS, *preferences.ROWS, *by_judge.ROWS)]
     assert all(math.isfinite(row["ours"]) for row in rows)
     found = json.loads((tmp_path / "claims/micro/measured/preferences-seed3.json").read_text("utf-8"))["found"]
     assert list(found["prompts"]) == ["10", "20", "40"]
@@ -887,3 +981,12 @@ def test_rows_of_a_real_model_with_a_tiny_one(command, tmp_path):
         for count in found["prompts"]
     }
     assert len(set(held_out.values())) == 1
+    (folder,) = (tmp_path / "artifacts").glob("*-by-judge-halves-files3-seed3/rankings")
+    sides = {
+        part: {json.loads(line)["prompt"] for line in (folder / f"{part}.jsonl").read_text("utf-8").splitlines()}
+        for part in ("train", "validation", "judge")
+    }
+    assert all(sides.values()) and sum(map(len, sides.values())) == len(set().union(*sides.values()))
+    judged = json.loads((tmp_path / "claims/micro/measured/by-judge-seed3.json").read_text("utf-8"))["found"]
+    wins = judged["policies"]["ppo"]["wins"]
+    assert wins["judge"] != wins["climbed"], "two models"

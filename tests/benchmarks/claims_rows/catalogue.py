@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from claims_rows import (
+    by_judge,
     climbed,
     demo,
     details,
@@ -27,7 +28,7 @@ ROWS: tuple[Row, ...] = (
     *demo.ROWS, *tax.ROWS, *reward_models.ROWS, *tied.ROWS, *whole_rankings.ROWS,
     *overoptimisation.ROWS, *early.ROWS, *proxies.ROWS, *climbed.ROWS, *direct.ROWS,
     *without_rl.ROWS, *in_rounds.ROWS, *details.ROWS, *killed.ROWS,
-    *rule.ROWS, *sentiment.ROWS, *preferences.ROWS,
+    *rule.ROWS, *sentiment.ROWS, *preferences.ROWS, *by_judge.ROWS,
 )  # fmt: skip
 
 
