@@ -122,6 +122,7 @@ ROWS = (
                 f"share of the score's gains up to {NEAR:g} nats that a line in √KL explains",
                 near_line("early", "score"),
                 Rule(than=0.9),
+                share=True,
             ),
             Figure(
                 "the same share, less that of a line in KL itself",
