@@ -240,15 +240,17 @@ def publish_by_scorers(
     sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
     if judge:
         sides["judge"] = kept_rankings.JUDGE
-    published = {}
+    published, pairs = {}, 0
     for name, side in sides.items():
         published[name] = [one for i in np.flatnonzero(split.sides == side) for one in by_prompt[i]]
-        refuse_no_pair(name, len(published[name]), sum(usable_pairs(one) for one in published[name]))
+        own_pairs = sum(map(usable_pairs, published[name]))
+        refuse_no_pair(name, len(published[name]), own_pairs)
+        pairs += own_pairs
         write_jsonl(ctx.publish / f"{name}.jsonl", published[name])
     every = [score for ranking in rankings for score in ranking.scores or ()]
     return {
         "rankings": sum(map(len, published.values())),
-        "pairs": sum(usable_pairs(one) for some in published.values() for one in some),
+        "pairs": pairs,
         **{name: len(some) for name, some in published.items()},
         "score": float(np.mean(every)),
         "unfinished": responses.unfinished_share,

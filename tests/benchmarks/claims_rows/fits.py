@@ -125,9 +125,14 @@ def extrapolate(form: Form, d: Sequence[float], reward: Sequence[float], left_ou
     order = np.argsort(d, kind="stable")
     kept, rest = order[: len(d) - left_out], order[len(d) - left_out :]
     fitted = fit(form, d[kept], reward[kept])
-    slope = float(d[kept] @ reward[kept] / (d[kept] @ d[kept]))
+    slope = slope_through_zero(d[kept], reward[kept])
     errors, line_errors = reward[rest] - curve(fitted, d[rest]), reward[rest] - slope * d[rest]
     return Extrapolation(tuple(map(int, rest)), tuple(map(float, errors)), tuple(map(float, line_errors)))
+
+
+def slope_through_zero(d: np.ndarray, reward: np.ndarray) -> float:
+    """Return the slope of the best line through (0, 0), by least squares; d is not all 0."""
+    return float(d @ reward / (d @ d))
 
 
 def line_share(d: Sequence[float], reward: Sequence[float]) -> float | None:
@@ -136,10 +141,10 @@ def line_share(d: Sequence[float], reward: Sequence[float]) -> float | None:
     It is None where there is nothing to explain, or no point lies beyond 0.
     """
     d, reward = np.asarray(d, float), np.asarray(reward, float)
-    total, length = float((reward**2).sum()), float(d @ d)
-    if not total or not length:
+    total = float((reward**2).sum())
+    if not total or not d.any():
         return None
-    return share_explained(float(((reward - d @ reward / length * d) ** 2).sum()), total)
+    return share_explained(float(((reward - slope_through_zero(d, reward) * d) ** 2).sum()), total)
 
 
 def gap_at_equal_kl(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> float | None:
