@@ -27,7 +27,7 @@ from data.world.world import World, labelers
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 from pipeline.stage import Source, StageRun
-from stages.evaluation.statistics import agreement_figures, share_of_counts
+from stages.evaluation.statistics import agreement_figures, prompt_of, share_of_counts
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
@@ -232,21 +232,25 @@ def publish_by_scorers(
     if settings.scorer_agreement is not None:
         counts = [2 if side == kept_rankings.VALIDATION else 1 for side in split.sides]
         by_prompt, figures = with_noise(rankings, counts, settings.scorer_agreement, session.seed)
-        figures |= agreement_figures(
-            one for i in np.flatnonzero(split.sides == kept_rankings.VALIDATION) for one in by_prompt[i]
-        )
+        held = [(i, one) for i in np.flatnonzero(split.sides == kept_rankings.VALIDATION) for one in by_prompt[i]]
+        scores = [np.array([rankings[i].scores], float) for i, _ in held]  # labelers differ in their noise alone
+        rows = [one for _, one in held]
+        figures |= agreement_figures(rows)
+        figures |= ceiling_figures(scores, rows, [prompt_of(one) for one in rows], figures["noise"])
     sides = {"train": kept_rankings.TRAIN, "validation": kept_rankings.VALIDATION}
     if judge:
         sides["judge"] = kept_rankings.JUDGE
-    published = {}
+    published, pairs = {}, 0
     for name, side in sides.items():
         published[name] = [one for i in np.flatnonzero(split.sides == side) for one in by_prompt[i]]
-        refuse_no_pair(name, len(published[name]), sum(usable_pairs(one) for one in published[name]))
+        own_pairs = sum(map(usable_pairs, published[name]))
+        refuse_no_pair(name, len(published[name]), own_pairs)
+        pairs += own_pairs
         write_jsonl(ctx.publish / f"{name}.jsonl", published[name])
     every = [score for ranking in rankings for score in ranking.scores or ()]
     return {
         "rankings": sum(map(len, published.values())),
-        "pairs": sum(usable_pairs(one) for some in published.values() for one in some),
+        "pairs": pairs,
         **{name: len(some) for name, some in published.items()},
         "score": float(np.mean(every)),
         "unfinished": responses.unfinished_share,
@@ -302,30 +306,42 @@ def simulate(
     ranked_rows = rank_all(responses, utilities, labelers_of, noise, session.seed)
     ranked, rows = [i for i, _ in ranked_rows], [row for _, row in ranked_rows]
     held = [at for at, i in enumerate(ranked) if i in validation]
-    ceiling = labelers.accuracy_ceiling(
-        [utilities[ranked[at]] for at in held],
-        [list(rows[at].ranks) for at in held],
-        [list(rows[at].answers) for at in held],
-        noise,
-    )
+    rows_held = [rows[at] for at in held]
+    tasks = [str(world.task(row.prompt)) for row in rows_held]
     return rows, {
         "noise": noise,
         "unfinished": responses.unfinished_share,
         "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
+        **ceiling_figures([utilities[ranked[at]] for at in held], rows_held, tasks, noise),
+    }
+
+
+def ceiling_figures(
+    utilities: Sequence[np.ndarray], rankings: Sequence[Ranking], clusters: Sequence[str], noise: float
+) -> dict[str, Any]:
+    """Return the best accuracy that is possible on held-out rankings, for the manifest.
+
+    Args:
+        utilities: For each ranking what every labeler thinks of its responses, (labelers, K).
+        rankings: The held-out rankings.
+        clusters: The cluster of each.
+        noise: The temperature of the labelers' noise.
+    """
+    ranks, answers = [list(one.ranks) for one in rankings], [list(one.answers) for one in rankings]
+    ceiling = labelers.accuracy_ceiling(utilities, ranks, answers, noise)
+    return {
         "accuracy_ceiling": ceiling["realised"],
-        "accuracy_ceiling_ci95": ceiling_interval(
-            ceiling["by_prompt"], [str(world.task(rows[at].prompt)) for at in held]
-        ),
+        "accuracy_ceiling_ci95": ceiling_interval(ceiling["by_prompt"], clusters),
         "expected_accuracy_ceiling": ceiling["expected"],
     }
 
 
 def ceiling_interval(by_ranking: Sequence[tuple[float, int]], keys: Sequence[str]) -> list[float] | None:
-    """Return the 95 % interval of the accuracy ceiling over tasks; None without a pair.
+    """Return the 95 % interval of the accuracy ceiling over clusters; None without a pair.
 
     Args:
         by_ranking: For each held-out ranking, (pairs that are right, pairs).
-        keys: The task of each.
+        keys: The cluster of each: its task, or its prompt.
     """
     counts: dict[str, tuple[float, int]] = {}
     for (right, pairs), key in zip(by_ranking, keys, strict=True):

@@ -30,7 +30,7 @@ from stages.settings.training import batch_of_each
 from stages.shared.runtime import adapter_settings, dtype_of
 from stages.tools.memory_axes import held_together, on_axes, on_device, whole_layers
 from stages.tools.memory_frozen import cache_of, of_commands, of_evaluate, of_rankings
-from stages.tools.memory_need import Need, groups, is_sharded, processes, sharers
+from stages.tools.memory_need import Need, groups, is_sharded, processes, saves_copies, sharers
 from stages.tools.memory_step import Lengths, Sizes, Step, take_passes, take_step
 from stages.training.batching import in_micro_batches
 from stages.training.text_packing import SMALL_VOCABULARY, has_many_logits
@@ -51,6 +51,8 @@ def of_experiment(experiment: Any, device: str, trust_remote_code: bool = False)
     seen = with_own_base(experiment)  # the reward model's base; the same experiment without one
     second = config if seen is experiment else model_config(seen.model, trust_remote_code, "rm.base.name_or_path")
     for need in needs_of(experiment, device, config, second):
+        if not saves_copies(experiment):
+            need = replace(need, saving=0)
         yield offloaded(need, experiment, device)
 
     def passes(steps: list[Step], config: Any = config) -> tuple[dict[str, int], int]:
@@ -265,6 +267,7 @@ def side_by_side(one: Sizes, other: Sizes) -> Sizes:
         moments=one.moments + other.moments,
         step=max(one.step, other.step),
         host=one.host + other.host,
+        saved=one.saved + other.saved,
         shared=False,
         adapted=one.adapted,
     )
@@ -272,7 +275,7 @@ def side_by_side(one: Sizes, other: Sizes) -> Sizes:
 
 def need(stage: str, sizes: Sizes, kept: int) -> Need:
     """Return what a stage needs, given the bytes of a step and of copies that are kept."""
-    return Need(stage, sizes.weights, sizes.moments, kept, sizes.step, host=sizes.host)
+    return Need(stage, sizes.weights, sizes.moments, kept, sizes.step, host=sizes.host, saving=sizes.saved + kept)
 
 
 def ranked(c: Section, experiment: Any) -> Lengths:

@@ -142,6 +142,8 @@ class Sizes:
     """Whether a model has an adapter, which can be turned off, or only a soft prompt of its own."""
     host: int = 0
     """What one process of a GPU holds in the CPU's memory, besides offloaded weights."""
+    saved: int = 0
+    """What one process writes of a checkpoint: of weights that train, and of moments."""
 
 
 def take_step(
@@ -236,6 +238,7 @@ def take_step(
             whole = max(map(size_of, models.values())) if layout.shard == "gradients" else at_once
             step = max(step + whole + early, late + at_once)
         moments //= parts
+        saved = sum(trains.values()) // (1 if layout.splits_step else parts) + moments  # rank 0 saves what is whole
         if layout.splits_step:  # after the step, one whole weight is gathered at a time
             step = max(step, sum(trains.values()) + max(p.nbytes for m in models.values() for p in m.parameters()))
         if layout.offload == "optimizer":
@@ -251,6 +254,7 @@ def take_step(
             shared=weights < separate,
             adapted=adapter.soft_prompt is not None or any(map(is_adapted, models.values())),
             host=host,
+            saved=saved,
         )
 
 

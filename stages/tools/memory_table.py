@@ -29,22 +29,25 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
     most = host = 0
     with console.status("taking a step of each stage without data"):
         needs = list(of_experiment(experiment, device, trust_remote_code))
-    offloads = any(need.host for need in needs)
-    table = Table("", *COLUMNS, "in all", *["offloaded"] * offloads, box=None, padding=(0, 2, 0, 0))
+    offloads, saves = any(need.host for need in needs), any(need.saving for need in needs)
+    beside = [*["offloaded"] * offloads, *["saving"] * saves]
+    table = Table("", *COLUMNS, "in all", *beside, box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for need in needs:
-        sizes = [*(getattr(need, name) for name in COLUMNS), need.most, *[need.host] * offloads]
+        sizes = [*(getattr(need, name) for name in COLUMNS), need.most_on(device)]
+        sizes += [*[need.host] * offloads, *[need.saving] * saves]
         table.add_row(need.stage, *map(readable, sizes))
-        most, host = max(most, need.most), max(host, need.host)
+        most, host = max(most, need.most_on(device)), max(host, need.most_beside(device))
     console.print(table)
-    holder = "each process on the CPU" if device == "cpu" else "each GPU"
+    holder, whose = ("each process on the CPU", "counted in all") if device == "cpu" else ("each GPU", "for each GPU")
     console.print(
         f"\nThe most that {holder} will hold, with the longest rows that the settings allow. moments: of Adam; kept: "
         f"averages and best weights; step: activations and gradients; sampling: the cache, and weights cast for it. "
         f"Of step and sampling only the larger counts. Rankings from a file are taken to be pairs."
-        + " offloaded: what lies in the CPU's memory instead, for each GPU."
-        * offloads
+        + " offloaded: what lies in the CPU's memory instead, for each GPU." * offloads
+        + f" saving: the copy in the CPU's memory that a checkpoint is written from while training goes on, {whose}."
+        * saves
     )
     if stages := sampling_with_vllm(experiment):
         settings = experiment.launch.vllm
@@ -59,11 +62,11 @@ def print_memory(experiment: Any, console: Any = None, trust_remote_code: bool =
 
 
 def warn_of_host(experiment: Any, host: int, console: Any) -> None:
-    """Print a line if this machine's CPUs have less memory than is offloaded to them.
+    """Print a line if this machine's CPUs have less memory than processes with a GPU take of it.
 
     Args:
         experiment: The validated experiment.
-        host: The most bytes that a process offloads.
+        host: The most bytes that a process offloads, or copies to save them.
         console: A rich Console.
     """
     from stages.tools.doctor_machine import memory_gb
@@ -71,8 +74,8 @@ def warn_of_host(experiment: Any, host: int, console: Any) -> None:
     room, needed = memory_gb()[0], host * experiment.launch.processes / 1e9
     if needed > room:
         console.print(
-            f"{needed:.1f} GB are offloaded by {experiment.launch.processes} processes, and this machine's CPUs have "
-            f"{room:.1f}: take more machines (launch.nodes), or offload less (launch.offload)"
+            f"{needed:.1f} GB are offloaded, or copied to be saved, by {experiment.launch.processes} processes, and "
+            f"this machine's CPUs have {room:.1f}: take more machines (launch.nodes), or offload less (launch.offload)"
         )
 
 

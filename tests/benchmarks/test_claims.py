@@ -50,7 +50,7 @@ from claims_rows.verdicts import (
     in_words,
     verdict_of,
 )
-from sweeps.estimates import Series
+from sweeps.estimates import Series, over_seeds
 from sweeps.runner import run_command
 
 from pipeline.errors import Interrupted, UserError
@@ -234,6 +234,24 @@ class TestOverOptimisation:
             assert list(beta["by_seed"].values()) == pytest.approx([0.15] * 3)
             assert list(explained["by_seed"].values()) == pytest.approx([1.0] * 3)
             assert all(error < -0.1 for error in foretold["by_seed"].values())
+
+    def test_shares_of_what_is_explained_stay_between_0_and_1(self):
+        """Their intervals do, too, where Student's t reaches beyond; every row names its shares."""
+        row = replace(overoptimisation.ROWS[0], figures=overoptimisation.gao("best_of_n", "best_of_n")[:1])
+        d, bent = np.array([0.5, 1.0, 1.5, 2.0]), np.array([1.0, -1.0, 1.0, -1.0])
+        found = {seed: self.of_best_of_n(d, d * (0.3 - 0.1 * d) + 0.01 * seed * bent) for seed in range(3)}
+        (figure,) = finding_of(row, found)["figures"]
+        values = list(figure["by_seed"].values())
+        assert over_seeds(values)["ci95"][1] > 1, "the case tells both apart"
+        assert 0 <= figure["ci95"][0] < figure["value"] < figure["ci95"][1] <= 1
+        for row in catalogue.ROWS:
+            for one in row.figures:
+                is_share = one.name.startswith(("share of", "accuracy")) and "−" not in one.name
+                assert one.share or not is_share or one.rule.direction == "exactly", f"{row.key}: {one.name}"
+
+    def test_rounding_leads_out_of_no_share(self):
+        assert fits.share_explained(1.0 + 1e-12, 1.0) == 0 and fits.share_explained(-1e-12, 1.0) == 1
+        assert fits.share_explained(0.25, 1.0) == 0.75
 
     def test_the_curve_against_a_straight_line(self):
         """Compute the share explained of what a line leaves from sums of squares."""

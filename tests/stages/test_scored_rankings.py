@@ -4,11 +4,13 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 
 from data.records import Ranking
 from pipeline import fingerprints
 from pipeline.errors import UserError
+from stages.rankings import ceiling_figures
 from stages.scorers.labels import with_noise
 
 SMALL = ["data.rankings=null", "rankings.samples_per_prompt=4", "rankings.response_length=6", "rankings.max_length=64"]
@@ -69,6 +71,15 @@ def test_labelers_who_see_the_score_with_noise_agree_as_often_as_asked(chain, tm
         assert len({row["id"] for row in rows}) == len(rows)
     assert done.figures["rankings"] == len(done.rows("train.jsonl")) + len(done.rows("validation.jsonl"))
     assert 0 <= done.figures["labeler_agreement"] <= 1 and "labeler_agreement" not in exact.figures
+    right = []  # who goes by the score itself, on the pairs that are published
+    for row in done.rows("validation.jsonl"):
+        scores, ranks = [scores_of(response) for response in row["responses"]], row["ranks"]
+        for i, j in itertools.permutations(range(4), 2):
+            if ranks[i] < ranks[j]:
+                right.append(0.5 if abs(scores[i] - scores[j]) < 1e-6 else float(scores[i] > scores[j]))
+    assert done.figures["accuracy_ceiling"] == pytest.approx(sum(right) / len(right)) and 0 < sum(right) < len(right)
+    low, high = done.figures["accuracy_ceiling_ci95"]
+    assert 0 <= low < done.figures["accuracy_ceiling"] < high <= 1 and "accuracy_ceiling" not in exact.figures
     again = chain.run("rankings", tmp_path / "again", *SMALL, BY_WORDS, "rankings.scorer_agreement=0.6")
     assert again.rows("train.jsonl") == done.rows("train.jsonl")
 
@@ -80,7 +91,7 @@ def ranking(index, scores):
 
 
 def test_the_agreement_of_noisy_labelers_is_what_their_noise_says():
-    """Counted over many pairs of labelers; and they follow the score more often than not."""
+    """Counted over many pairs of labelers; and they follow the score as often as is expected."""
     drawn = random.Random(0)
     rankings = [ranking(i, [drawn.gauss(0, 1) for _ in range(4)]) for i in range(1500)]
     noisy, figures = with_noise(rankings, [2] * len(rankings), 0.726, seed=0)
@@ -91,7 +102,10 @@ def test_the_agreement_of_noisy_labelers_is_what_their_noise_says():
             same, pairs = same + (first == second), pairs + 1
             right += first == (known.scores[i] > known.scores[j])
     assert same / pairs == pytest.approx(0.726, abs=0.015)
-    assert right / pairs == pytest.approx(0.83, abs=0.03)
+    rows, seen = [one for one, _ in noisy], [np.array([one.scores]) for one in rankings]
+    ceiling = ceiling_figures(seen, rows, [one.prompt for one in rows], figures["noise"])
+    assert right / pairs == pytest.approx(ceiling["accuracy_ceiling"])
+    assert right / pairs == pytest.approx(ceiling["expected_accuracy_ceiling"], abs=0.015)
     assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6) and figures["equal_scores"] == 0
     half = [ranking(i, [0.0, 0.0, 1.0, 1.0]) for i in range(20)]
     assert with_noise(half, [1] * 20, 0.7, seed=0)[1]["equal_scores"] == pytest.approx(1 / 3)

@@ -2,11 +2,11 @@
 
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, points_of
+from claims_rows.conditions import Wanted, figure_of, points_of
 from claims_rows.overoptimisation import PART
 from claims_rows.pictures import steps
 from claims_rows.proxies import MIN, SIZES
-from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus
+from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Row, minus
 from claims_rows.verdicts import Rule
 from stages.page.plot import Plot
 
@@ -39,19 +39,10 @@ MEASUREMENT = Measurement(
 )
 
 
-def gold(method: str) -> Read:
-    """Return a reader of the gold of PPO by a kind of reward model; None if it was not run."""
-
-    def read(found: dict) -> float | None:
-        return next((p["gold"] for p in found["points"] if p["method"] == method), None)
-
-    return read
-
-
 def by_size(found: dict) -> dict[float, float]:
     """Return millions of parameters of the reward model → gold; 1 is the policy's own size."""
     sizes = {p["value"]: p["gold"] for p in found["points"] if p["method"] == "size"}
-    return dict(sorted({**sizes, 1.0: gold("one")(found)}.items()))
+    return dict(sorted({**sizes, 1.0: figure_of("one")(found)}.items()))
 
 
 def sizes_apart(found: dict) -> float | None:
@@ -62,8 +53,8 @@ def sizes_apart(found: dict) -> float | None:
 
 def ensembles_plot(observed: Observed) -> list[Plot]:
     """Return gold of SFT, and of PPO by one model, by a mean and by a minimum."""
-    names = [("SFT", "sft", gold("sft")), ("one", "rm", gold("one"))]
-    names += [("mean", "ppo", gold("mean")), ("minimum", "best_of_n", gold("min"))]
+    names = [("SFT", "sft", figure_of("sft")), ("one", "rm", figure_of("one"))]
+    names += [("mean", "ppo", figure_of("mean")), ("minimum", "best_of_n", figure_of("min"))]
     return [steps("ensembles", "Gold of PPO by its reward model", "gold (0 to 1)", names, observed)]
 
 
@@ -72,7 +63,7 @@ def sizes_plot() -> Draw:
 
     def plots(observed: Observed) -> list[Plot]:
         first = next(iter(observed.values()))
-        names: list = [("SFT", "sft", gold("sft"))]
+        names: list = [("SFT", "sft", figure_of("sft"))]
         for size in by_size(first):
             label = "as policy" if size == 1 else f"{size:g}M"
             names.append((label, "ppo", lambda found, size=size: by_size(found).get(size)))
@@ -107,7 +98,7 @@ ROWS = (
         "With PPO, conservative ensembles always lessen over-optimisation and do better than one reward model; with a "
         "small KL penalty they prevent it.",
         MEASUREMENT,
-        (Figure("gold: minimum of the ensemble − one", minus(gold("min"), gold("one")), RULE),),
+        (Figure("gold: minimum of the ensemble − one", minus(figure_of("min"), figure_of("one")), RULE),),
         ensembles_plot,
         f"{NOTE} Members share base, SFT and rankings, and differ by the seed of the head and of the order. The mean "
         "of the ensemble is drawn beside it.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claims_rows.row import Place
+from claims_rows.row import Place, Read
 from pipeline.store.artifacts import ArtifactStore
 
 
@@ -24,6 +24,31 @@ class Wanted:
     """Settings that differ from the chain's, as `key=value`."""
     best_of: tuple[int, ...] = ()
     """Values of n, each of which is a point in place of the policy's own."""
+
+
+PREFERRED = Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null"))
+"""SFT that is trained on the preferred answers alone."""
+
+
+def over(
+    method: str, policy: str, setting: str, values: Sequence[float], overrides: tuple[str, ...] = ()
+) -> list[Wanted]:
+    """Return policies that differ in one setting.
+
+    Args:
+        method: What their points are called.
+        policy: Policy that is sampled: ppo or dpo.
+        setting: The setting, as `ppo.kl_coef`.
+        values: Its values.
+        overrides: Settings that all of them have, as `key=value`.
+    """
+    return [Wanted(method, value, policy, (*overrides, f"{setting}={value!r}")) for value in values]
+
+
+def best_of_n(doublings: int) -> Wanted:
+    """Return best of 1 (which is SFT), 2, 4 and so on, doubled so many times."""
+    ns = tuple(2**i for i in range(doublings + 1))
+    return Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)
 
 
 def name_of(one: Wanted) -> str:
@@ -76,6 +101,22 @@ def points_of(place: Place, seed: int, folder: str, wanted: Sequence[Wanted], sa
 def by_value(points: Sequence[dict]) -> list[dict]:
     """Return points of `points_of` with n as the value of best of n."""
     return [point | {"value": point.get("n", point["value"])} for point in points]
+
+
+def figure_of(method: str, figure: str = "gold", value: float | None = None) -> Read:
+    """Return a reader of a figure of one of a method's points; None where it was not run.
+
+    Args:
+        method: The method.
+        figure: The figure.
+        value: Its setting; None: the last one.
+    """
+
+    def read(found: dict) -> float | None:
+        own = [p for p in found["points"] if p["method"] == method and value in (None, p["value"])]
+        return own[-1][figure] if own else None
+
+    return read
 
 
 def point_of(point: Any) -> dict[str, float | None]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, points_of
+from claims_rows.conditions import PREFERRED, Wanted, figure_of, over, points_of
 from claims_rows.overoptimisation import gap, plot_of
 from claims_rows.pictures import steps
-from claims_rows.row import Figure, Measurement, Observed, Place, Read, Row, minus
+from claims_rows.row import Figure, Measurement, Observed, Place, Row, minus
 from claims_rows.verdicts import Rule
 from pipeline.store.artifacts import ArtifactStore
 from stages.page.plot import Plot
@@ -32,17 +32,13 @@ def score(prompts, responses, finished):
 
 def run(place: Place, seed: int, settings: dict) -> dict:
     """Train DPO over beta and steps, on preferred answers alone, and PPO on gold over kl_coef."""
-    wanted = [Wanted("best_of_n", 1, "sft")]
-    wanted += [Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)) for beta in settings["betas"]]
+    wanted = [Wanted("best_of_n", 1, "sft"), *over("dpo", "dpo", "dpo.beta", settings["betas"])]
     for count in settings["steps"]:
         wanted.append(Wanted("steps", count, "dpo", (f"dpo.max_steps={count}", f"dpo.eval_steps={count}")))
-    wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
+    wanted.append(PREFERRED)
     reward = f"ppo.rewards=[{{python: '{true_reward(place, seed)}:score'}}]"
     # The paper's PPO has no pretraining gradient.
-    wanted += [
-        Wanted("ppo_gold", value, "ppo", (reward, "ppo.ptx_coef=0.0", f"ppo.kl_coef={value!r}"))
-        for value in settings["kl_coefs"]
-    ]
+    wanted += over("ppo_gold", "ppo", "ppo.kl_coef", settings["kl_coefs"], (reward, "ppo.ptx_coef=0.0"))
     points = points_of(place, seed, "direct", wanted, settings["samples"], "dpo")
     return {"points": points, "own_steps": settings["steps"][settings["own"]]}
 
@@ -76,27 +72,17 @@ MEASUREMENT = Measurement(
 )
 
 
-def gold(method: str, value: float | None = None) -> Read:
-    """Return a reader of a method's gold; of the last of its settings if there is no value."""
-
-    def read(found: dict) -> float | None:
-        own = [p for p in found["points"] if p["method"] == method and value in (None, p["value"])]
-        return own[-1]["gold"] if own else None
-
-    return read
-
-
 def own_dpo(found: dict) -> float | None:
     """Return gold of DPO at the chain's own settings."""
-    return gold("steps", found["own_steps"])(found)
+    return figure_of("steps", value=found["own_steps"])(found)
 
 
 def steps_plot(observed: Observed) -> list[Plot]:
     """Return gold of SFT, of DPO after each number of steps, and on preferred answers alone."""
     first = next(iter(observed.values()), {"points": []})
     counts = [p["value"] for p in first["points"] if p["method"] == "steps"]
-    names = [("SFT", "sft", gold("best_of_n")), ("preferred\nonly", "rm", gold("preferred"))]
-    names += [(f"{count:g}\nsteps", "dpo", gold("steps", count)) for count in counts]
+    names = [("SFT", "sft", figure_of("best_of_n")), ("preferred\nonly", "rm", figure_of("preferred"))]
+    names += [(f"{count:g}\nsteps", "dpo", figure_of("steps", value=count)) for count in counts]
     return [steps("dpo-steps", "Gold of DPO", "gold, tasks not trained on (0 to 1)", names, observed)]
 
 
@@ -110,7 +96,9 @@ ROWS = (
         MEASUREMENT,
         (
             Figure(
-                "gold: DPO − SFT on the preferred", minus(own_dpo, gold("preferred")), Rule(nothing=SAME, enough=SAME)
+                "gold: DPO − SFT on the preferred",
+                minus(own_dpo, figure_of("preferred")),
+                Rule(nothing=SAME, enough=SAME),
             ),
         ),
         steps_plot,
@@ -124,7 +112,11 @@ ROWS = (
         "Rafailov 2024 (scaling laws for over-optimisation in direct alignment)",
         "Quality often falls before a single epoch is over, most where β is small.",
         MEASUREMENT,
-        (Figure("gold: most steps − the chain's own", minus(gold("steps"), own_dpo), Rule("below", nothing=SAME)),),
+        (
+            Figure(
+                "gold: most steps − the chain's own", minus(figure_of("steps"), own_dpo), Rule("below", nothing=SAME)
+            ),
+        ),
         steps_plot,
         "At the chain's own β. 80 steps of 16 rankings are about half a pass, 320 about two. Each number of steps is a "
         "run of its own, over which the learning rate falls.",

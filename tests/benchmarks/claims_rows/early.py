@@ -2,7 +2,7 @@
 
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, by_value, points_of
+from claims_rows.conditions import best_of_n, by_value, over, points_of
 from claims_rows.overoptimisation import NEAR, PART, both, gao, gap, near_line, plot_of, residuals_plot
 from claims_rows.row import Figure, Measurement, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
@@ -12,14 +12,13 @@ from pipeline.config.yaml_tree import read_tree
 def run(place: Place, seed: int, settings: dict) -> dict:
     """Train PPO for several numbers of episodes and with several penalties, and DPO over beta."""
     plain = "ppo.ptx_coef=0.0"  # as in the papers
-    ns = tuple(2**i for i in range(settings["doublings"] + 1))
-    wanted = [Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)]
-    for episodes in settings["episodes"]:
-        wanted.append(Wanted("early", episodes, "ppo", (plain, "ppo.kl_coef=0.0", f"ppo.total_episodes={episodes}")))
     own = read_tree(place.config, []).values["ppo"]["kl_coef"]
-    for value in sorted({*settings["kl_coefs"], own}):
-        wanted.append(Wanted("ppo", value, "ppo", (plain, f"ppo.kl_coef={value!r}")))
-    wanted += [Wanted("dpo", value, "dpo", (f"dpo.beta={value!r}",)) for value in settings["betas"]]
+    wanted = [
+        best_of_n(settings["doublings"]),
+        *over("early", "ppo", "ppo.total_episodes", settings["episodes"], (plain, "ppo.kl_coef=0.0")),
+        *over("ppo", "ppo", "ppo.kl_coef", sorted({*settings["kl_coefs"], own}), (plain,)),
+        *over("dpo", "dpo", "dpo.beta", settings["betas"]),
+    ]
     points = points_of(place, seed, "early", wanted, settings["samples"], "ppo")
     return {"points": by_value(points), "own": {"ppo": own}}
 
@@ -122,6 +121,7 @@ ROWS = (
                 f"share of the score's gains up to {NEAR:g} nats that a line in √KL explains",
                 near_line("early", "score"),
                 Rule(than=0.9),
+                share=True,
             ),
             Figure(
                 "the same share, less that of a line in KL itself",

@@ -43,6 +43,18 @@ def design(form: Form, d: np.ndarray) -> np.ndarray:
     return np.stack([d, -d * second], axis=1)
 
 
+def share_explained(left: float, total: float) -> float:
+    """Return 1 − left / total.
+
+    A fit by least squares leaves at most what was there, so that only rounding leads out of [0, 1].
+
+    Args:
+        left: Sum of squares of the residuals.
+        total: Sum of squares of what is fitted; above 0.
+    """
+    return min(1.0, max(0.0, 1.0 - left / total))
+
+
 def fit(form: Form, d: Sequence[float], reward: Sequence[float]) -> Fit:
     """Fit α and β by least squares.
 
@@ -61,7 +73,7 @@ def fit(form: Form, d: Sequence[float], reward: Sequence[float]) -> Fit:
     (alpha, beta), *_ = np.linalg.lstsq(columns, reward, rcond=None)
     residuals = reward - columns @ (alpha, beta)
     total = float((reward**2).sum())
-    explained = 1.0 - float((residuals**2).sum()) / total if total > 0 else None
+    explained = share_explained(float((residuals**2).sum()), total) if total > 0 else None
     return Fit(form, float(alpha), float(beta), tuple(map(float, residuals)), explained)
 
 
@@ -113,9 +125,14 @@ def extrapolate(form: Form, d: Sequence[float], reward: Sequence[float], left_ou
     order = np.argsort(d, kind="stable")
     kept, rest = order[: len(d) - left_out], order[len(d) - left_out :]
     fitted = fit(form, d[kept], reward[kept])
-    slope = float(d[kept] @ reward[kept] / (d[kept] @ d[kept]))
+    slope = slope_through_zero(d[kept], reward[kept])
     errors, line_errors = reward[rest] - curve(fitted, d[rest]), reward[rest] - slope * d[rest]
     return Extrapolation(tuple(map(int, rest)), tuple(map(float, errors)), tuple(map(float, line_errors)))
+
+
+def slope_through_zero(d: np.ndarray, reward: np.ndarray) -> float:
+    """Return the slope of the best line through (0, 0), by least squares; d is not all 0."""
+    return float(d @ reward / (d @ d))
 
 
 def line_share(d: Sequence[float], reward: Sequence[float]) -> float | None:
@@ -124,10 +141,10 @@ def line_share(d: Sequence[float], reward: Sequence[float]) -> float | None:
     It is None where there is nothing to explain, or no point lies beyond 0.
     """
     d, reward = np.asarray(d, float), np.asarray(reward, float)
-    total, length = float((reward**2).sum()), float(d @ d)
-    if not total or not length:
+    total = float((reward**2).sum())
+    if not total or not d.any():
         return None
-    return 1.0 - float(((reward - d @ reward / length * d) ** 2).sum()) / total
+    return share_explained(float(((reward - slope_through_zero(d, reward) * d) ** 2).sum()), total)
 
 
 def gap_at_equal_kl(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> float | None:
@@ -181,4 +198,5 @@ def power_law(n: Sequence[float], error: Sequence[float]) -> PowerLaw:
     slope, offset = np.polyfit(x, y, 1)
     spread = float(((y - y.mean()) ** 2).sum())
     left = float(((y - slope * x - offset) ** 2).sum())
-    return PowerLaw(float(np.exp(offset)), float(-slope), 1.0 - left / spread if spread > 0 else 1.0)
+    explained = share_explained(left, spread) if spread > 0 else 1.0
+    return PowerLaw(float(np.exp(offset)), float(-slope), explained)

@@ -7,7 +7,7 @@ import numpy as np
 from sweeps.estimates import SAME
 
 from claims_rows.conditions import point_of
-from claims_rows.fits import Fit, Form, curve, extrapolate, fit, gap_at_equal_kl, line_share
+from claims_rows.fits import Fit, Form, curve, extrapolate, fit, gap_at_equal_kl, line_share, share_explained
 from claims_rows.pictures import Points, against_kl, steps
 from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row
 from claims_rows.verdicts import Rule
@@ -112,7 +112,7 @@ def beyond_line(method: str, form: Form) -> Read:
         own, line = fitted(method, form)(found), line_share(np.sqrt(kl), reward)
         if own is None or own.r_squared is None or line is None or line > 1 - 1e-9:
             return None
-        return 1 - (1 - own.r_squared) / (1 - line)
+        return share_explained(1 - own.r_squared, 1 - line)
 
     return read
 
@@ -216,7 +216,7 @@ def gao(method: str, form: Form) -> tuple[Figure, ...]:
     """Return the figures that a fitted curve is judged by."""
     return (
         Figure("share of what a straight line leaves unexplained that the curve explains", beyond_line(method, form),
-               Rule(than=0.5)),
+               Rule(than=0.5), share=True),
         Figure("coefficient β of the curve, fitted on each seed", coefficient(method, form, "beta"), Rule()),
         Figure(
             f"error on the {LEFT_OUT} furthest points, left out of the fit: the curve's − a straight line's",

@@ -99,10 +99,11 @@ def ground_rules(entries: Sequence[Entry]) -> list[str]:
     main = [entry for entry in entries if entry.finding["figures"][0]["ci95"] is not None]
     differing = sum(claims_difference(entry.row.figures[0].rule) for entry in main)
     return [
-        "Each interval is 95\u00a0%, Student's t over seeds; differences are paired by seed. Each seed has a world of "
-        "its own; rows of a real model have the same data on every seed. Settings were chosen on seeds 0 to 2 (a few "
-        "on 10 and 30), and other benchmarks have shown seeds up to 7, so a whole run reports others. The rule of a "
-        "row was written before it was run on them; it is shown in its section.",
+        "Each interval is 95\u00a0%, Student's t over seeds, of shares such that it stays between 0 and 1; differences "
+        "are paired by seed. Each seed has a world of its own; rows of a real model have the same data on every seed. "
+        "Settings were chosen on seeds 0 to 2 (a few on 10 and 30), and other benchmarks have shown seeds up to 7, so "
+        "a whole run reports others. The rule of a row was written before it was run on them; it is shown in its "
+        "section.",
         f"Chance: {known} figures in {len(main)} rows have an interval. If all were independent, "
         f"{fixed(expected_by_chance(known), 1)} of the intervals would miss the true value, and "
         f"{fixed(expected_by_chance(differing) / 2, 1)} of the {differing} rows that claim a difference would hold or "

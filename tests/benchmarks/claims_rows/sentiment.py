@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from sweeps.estimates import SAME
 
-from claims_rows.conditions import Wanted, by_value, points_of
+from claims_rows.conditions import PREFERRED, best_of_n, by_value, figure_of, over, points_of
 from claims_rows.overoptimisation import both, gap, plot_of
 from claims_rows.row import Draw, Figure, Measurement, Observed, Place, Read, Row, minus
 from claims_rows.verdicts import Rule
@@ -27,14 +27,14 @@ def run(place: Place, seed: int, settings: dict) -> dict:
 
     chain = ExperimentRunner(place.config, [], place.stop).main_experiment()
     own = {"ppo": chain.ppo.kl_coef, "dpo": chain.dpo.beta}
-    ns = tuple(2**i for i in range(settings["doublings"] + 1))
-    wanted = [Wanted("best_of_n", 1, "sft", (f"samples.samples_per_prompt={ns[-1]}",), ns)]
-    for method, extra in (("ppo", ()), ("ppo_gold", tuple(settings["gold"]))):
-        for value in sorted({*settings["kl_coefs"], own["ppo"]}):
-            wanted.append(Wanted(method, value, "ppo", (*extra, f"ppo.kl_coef={value!r}")))
-    for beta in sorted({*settings["betas"], own["dpo"]}):
-        wanted.append(Wanted("dpo", beta, "dpo", (f"dpo.beta={beta!r}",)))
-    wanted.append(Wanted("preferred", 1, "dpo", ("dpo.loss_type=[sft]", "dpo.loss_weights=null")))
+    kl_coefs, betas = sorted({*settings["kl_coefs"], own["ppo"]}), sorted({*settings["betas"], own["dpo"]})
+    wanted = [
+        best_of_n(settings["doublings"]),
+        *over("ppo", "ppo", "ppo.kl_coef", kl_coefs),
+        *over("ppo_gold", "ppo", "ppo.kl_coef", kl_coefs, tuple(settings["gold"])),
+        *over("dpo", "dpo", "dpo.beta", betas),
+        PREFERRED,
+    ]
     judged = () if settings["judge"] is None else (f"samples.gold_judge={settings['judge']}",)
     wanted = [replace(one, overrides=(*one.overrides, *judged)) for one in wanted]
     points = points_of(place, seed, "sentiment", wanted, settings["samples"], "dpo")
@@ -76,13 +76,7 @@ MEASUREMENT = Measurement(
 
 def own(method: str, figure: str) -> Read:
     """Return a reader of a method's figure at the config's own setting; SFT is best of 1."""
-
-    def read(found: dict) -> float | None:
-        value = found["own"].get(method, 1)
-        points = [p for p in found["points"] if p["method"] == method and p["value"] == value]
-        return points[0][figure] if points else None
-
-    return read
+    return lambda found: figure_of(method, figure, found["own"].get(method, 1))(found)
 
 
 SFT = "best_of_n"

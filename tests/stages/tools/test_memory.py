@@ -13,11 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from data.groups import make_rows
 from pipeline.api import load_experiment
 from pipeline.config.sections import LaunchSettings
+from pipeline.store.optimizer_state import optimizer_tensors
 from stages.models.adapters import AdapterSettings, trainable_parameters, with_adapter
 from stages.models.forward import response_logprobs, response_scores
 from stages.models.layout import Layout
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
+from stages.models.shares import own_bytes
 from stages.models.soft_prompts import SoftPrompt
 from stages.rollouts.transformers import Decoding, sample_with_logprobs
 from stages.settings import ppo as ppo_settings
@@ -59,6 +61,8 @@ def test_a_step_without_data_holds_what_a_real_one_holds(head, lengths):
     assert foretold.step == pytest.approx(live.most, rel=0.06)
     assert foretold.weights == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=0.01)
     assert foretold.moments == pytest.approx(2 * foretold.weights, rel=0.02)
+    written = [*trainee.tensors().values(), *optimizer_tensors(trainee.optimizer)[0].values()]
+    assert foretold.saved == pytest.approx(sum(map(own_bytes, written)), rel=0.001)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "granite", "llama4_text", "modernbert-decoder", "olmoe"])
@@ -188,6 +192,39 @@ def test_doctor_tells_the_cpus_memory_apart(capsys, monkeypatch):
     assert print_memory(load_experiment(config, "launch.offload=all"), Console(width=160)) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[-1] == "offloaded" and "in the CPU's memory instead" in out
+
+
+def test_processes_that_save_together_hold_a_copy_of_what_they_save(capsys, monkeypatch):
+    """It is of weights, moments and best weights, each its share; ZeRO-1 saves whole weights."""
+    from rich.console import Console
+
+    from stages.tools.memory_table import print_memory
+
+    def saving(device, *settings):
+        needs = memory.of_experiment(load_experiment(MICRO, "dpo.keep=best", *settings), device)
+        return {need.stage: need for need in needs if need.saving}
+
+    fsdp = ("launch.processes=2", "launch.strategy=fsdp2")
+    found = saving("cuda", *fsdp)
+    assert list(found) == ["base", "sft", "rm", "ppo", "dpo"]
+    dpo = found["dpo"]
+    weights = dpo.kept  # the best ones; the frozen reference is not saved
+    assert dpo.saving == weights + dpo.moments + dpo.kept and dpo.moments == pytest.approx(2 * weights, rel=0.01)
+    assert dpo.most_on("cuda") == dpo.most and dpo.most_beside("cuda") == dpo.saving
+    assert dpo.most_on("cpu") == dpo.most + dpo.saving and dpo.most_beside("cpu") == 0
+    offloaded = saving("cuda", *fsdp, "launch.offload=all")["dpo"]
+    assert offloaded.saving == dpo.saving and offloaded.most_beside("cuda") == offloaded.host + dpo.saving
+    whole = saving("cuda", *fsdp, "launch.shard=optimizer")["dpo"]
+    assert whole.saving == pytest.approx(2 * weights + whole.moments + 2 * weights, rel=0.01)
+    assert not saving("cuda", *fsdp, "checkpoints.every=0") and not saving("cuda", "launch.processes=2")
+    assert not saving("cuda") and not saving("cuda", "launch.offload=all"), "one process saves what it holds"
+
+    monkeypatch.setattr("stages.shared.runtime.device_of", lambda experiment: "cuda")
+    monkeypatch.setattr("stages.tools.doctor_machine.memory_gb", lambda: (0.0, 0.0))
+    assert print_memory(load_experiment(MICRO, *fsdp), Console(width=200)) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[-1] == "saving" and "a checkpoint is written from" in out
+    assert "copied to be saved, by 2 processes" in " ".join(out.split())
 
 
 def test_tensor_and_context_parallelism_take_less():
