@@ -22,6 +22,7 @@ from stages.models.context_parallel import own_part
 from stages.models.label_head import add_label_head
 from stages.models.layout import Layout
 from stages.models.packing import rows_end_to_end
+from stages.models.precision import CAST
 from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
@@ -368,7 +369,8 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
                 checkpoint = None
             if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
                 self._load_from_checkpoint(str(checkpoint))
-            shard(self.model, self.args.device, mean=True, layout=layout)
+            dtype = CAST.get(self.accelerator.mixed_precision)
+            shard(self.model, self.args.device, mean=True, layout=layout, dtype=dtype)
             if saved is not None:
                 weights_of(self.model).load(saved.stored(WEIGHTS))
             # autocast would cache a cast of each layer that is all-gathered: the whole model

@@ -122,12 +122,13 @@ def test_adapters_gradient_checkpointing_and_bfloat16(settings, tmp_path):
     "stage, settings",
     first_of_a_kind(
         [
+            ("sft", (BFLOAT16,)),
             ("sft", ("sft.peft={method: adalora, r: 2}",)),
             ("rm", ("rm.loss_type=davidson", "rm.label_smoothing=0")),
             ("ppo", ("ppo.peft={method: adalora, r: 2}", "ppo.total_episodes=24")),
             ("sft", ("sft.peft={method: prefix_tuning, num_virtual_tokens: 4}",)),
         ],
-        2,
+        3,
     ),
 )
 def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settings, oracle, tmp_path):
@@ -138,7 +139,7 @@ def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settin
         run = command(stage, root, f"launch.strategy={strategy}", *settings)
         assert rlhf_together(*run, one_reads=strategy == "fsdp2") == [0, 0]
         found[strategy] = root / "micro" / stage
-    assert_same_results(found["fsdp2"], found["ddp"], first=1e-4, later=1e-2)
+    assert_same_results(found["fsdp2"], found["ddp"], first=1e-3 if BFLOAT16 in settings else 1e-4, later=1e-2)
     whole = published(found["fsdp2"])
     root = copy_without(oracle, tmp_path / "killed", stage)
     run = command(stage, root, FSDP, *settings)
