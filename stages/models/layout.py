@@ -22,6 +22,9 @@ class Layout:
     casts_gathers: bool = True
     """Whether linear layers that train are gathered in the dtype that autocast casts them to."""
 
+    reduces_last: bool = False
+    """Whether sharded models sum gradients over processes at a step's last micro-batch only."""
+
     @property
     def has_stand_ins(self) -> bool:
         """Return whether the optimizer steps other tensors than the model's weights."""
@@ -41,4 +44,5 @@ def layout_of(launch: Any, world_size: int) -> Layout:
         offload_activations=bool(launch.offload_activations),
         splits_step=world_size > 1 and launch.strategy == "fsdp2" and launch.shard == "optimizer",
         casts_gathers=(launch.tensor_parallel or 1) == 1,
+        reduces_last=launch.reduce == "last",
     )

@@ -14,7 +14,7 @@ pass (tensor_parallel.py); fsdp2 then shards each share among the groups.
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from stages.models.precision import castable, uncast
 from stages.models.prefix import ATTENTION as BEHIND_PREFIX
 from stages.models.shares import read_like
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -164,6 +165,7 @@ def shard(
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
+        inner.__dict__["reduces_last"] = layout.reduces_last
         if keeps_gathered:
             for module in fsdp_modules(inner):
                 module.register_forward_hook(_free_without_backward)
@@ -315,6 +317,34 @@ def _sharded_parts(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def reducing_last(models: list[nn.Module], passes: Iterable[Item]) -> Iterator[Item]:
+    """Yield the micro-batches of an optimizer step, and sum gradients over processes at the last.
+
+    That is for sharded models, and only where launch.reduce says so. Of other models nothing is
+    summed in a backward pass (`parallel.all_reduce_gradients` does it once a step).
+
+    Args:
+        models: The models that each micro-batch passes through, forward and backward.
+        passes: As many micro-batches on every process, each with its passes.
+    """
+    deferring = [inner for inner in map(unwrapped, models) if inner.__dict__.get("reduces_last")]
+    last = None if not deferring else len(passes := list(passes)) - 1
+    for i, micro_batch in enumerate(passes):
+        sum_gradients(deferring, last is None or i == last)
+        yield micro_batch
+
+
+def sum_gradients(sharded: Iterable[nn.Module], sums: bool) -> None:
+    """Set whether backward passes sum gradients over processes, or add them up whole first.
+
+    Args:
+        sharded: The transformers models, sharded.
+        sums: Whether they do.
+    """
+    for inner in sharded:
+        inner.set_requires_gradient_sync(sums)
 
 
 def compute_gathered(model: nn.Module, function: Callable[[], Result]) -> Result:

@@ -232,6 +232,8 @@ def take_step(
             # Shards of gradients, of PPO and the text: before the last backward pass, and after.
             again = max(one.times for one in steps) > 1
             early, late = ((sum(trains.values()) * some + aside) // parts for some in (again, True))
+            if layout.reduces_last:
+                early = sum(trains.values()) * again + aside // parts
             if layout.offload == "all" and device != "cpu":
                 host, early, late = host + late, 0, 0
             at_once = max(map(gathered_at_once, models.values()))

@@ -4,7 +4,8 @@ Each function takes a trainer class and returns a subclass with one change; `mak
 text.py combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from stages.models.label_head import add_label_head
 from stages.models.layout import Layout
 from stages.models.packing import rows_end_to_end
 from stages.models.precision import CAST
-from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
+from stages.models.sharding import gather_tensors, is_sharded, publishable, shard, sum_gradients
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
@@ -352,10 +353,14 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
         def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
             pass  # `shard_model` moves a layer at a time: the device may have no room for the whole
 
-        def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
-            # transformers would keep whole gradients until the last micro-batch of a step, by a
-            # setting that a model has which transformers itself has sharded
-            return nullcontext()
+        @contextmanager
+        def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+            # Around each micro-batch but the last. transformers' own asks for a setting of a model
+            # that transformers itself has sharded.
+            if layout.reduces_last:
+                sum_gradients([unwrapped(self.model)], False)
+            yield
+            sum_gradients([unwrapped(self.model)], True)
 
         def shard_model(self, checkpoint: Path | None) -> None:
             """Keep this rank's shard of the weights.

@@ -1,5 +1,7 @@
 """Test what sharded models send in a step: dtypes and bytes of gathers and sums of gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,9 @@ from stages.models.forward import head_is_linear, response_logprobs, text_logpro
 from stages.models.layout import Layout
 from stages.models.loading import prepare
 from stages.models.packing import can_pack
-from stages.models.sharding import gathered, shard, whole
+from stages.models.sharding import gathered, reducing_last, shard, whole
+from stages.training.loop import Task, accumulate_gradients
+from stages.training.trainee import make_trainee
 from tests.builders import tiny_causal
 from tests.together import together
 
@@ -62,13 +66,14 @@ def accumulate(model, casts, twice=False):
         response_logprobs(model, make_rows(PROMPTS, RESPONSES, 0, packed=True))
     parts, losses = [[0, 2], [1]][rank_and_world_size()[0]], []
     with Sent() as sent:
-        for i, own in padded_micro_batches(parts, 0):
+        for i, own in reducing_last([model], padded_micro_batches(parts, 0)):
             with autocast():
                 loss = response_logprobs(model, make_rows(PROMPTS[i : i + 1], RESPONSES[i : i + 1], 0, packed=True))
                 loss = loss.sum() + (text_logprobs(model, torch.tensor([[3, 4, 5, 6]])).sum() if twice else 0)
             (loss if own else 0.0 * loss).backward()
             losses.append(loss.item())
-    return losses, {name: whole(p.grad) for name, p in model.named_parameters()}, sent
+    # A copy: the next micro-batches would be added.
+    return losses, {name: whole(p.grad).clone() for name, p in model.named_parameters()}, sent
 
 
 def same_bits(one, other):
@@ -123,3 +128,47 @@ def check_whole():
 
 def test_a_whole_copy_is_gathered_in_the_dtype_that_it_keeps():
     together(2, check_whole)
+
+
+def check_last(shards, dtype, checkpointing):
+    each, last = (
+        accumulate(sharded(Layout(shard=shards, reduces_last=deferring), dtype, checkpointing), dtype is not None)
+        for deferring in (False, True)
+    )
+    assert each[0] == last[0]
+    for name, x in each[1].items():
+        assert (x - last[1][name]).norm() <= 1e-6 * x.norm(), name
+    # Two micro-batches on each process: one sum instead of two, of the same numbers.
+    assert each[2].count(SUM) == 2 * last[2].count(SUM) > 0
+    assert each[2].bytes_of(SUM, torch.float32) == 2 * last[2].bytes_of(SUM, torch.float32)
+    assert each[2].bytes_of(GATHER, torch.float32) == last[2].bytes_of(GATHER, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "shards, dtype, checkpointing",
+    [("weights", None, False), ("gradients", None, False), ("weights", BFLOAT16, False), ("weights", BFLOAT16, True)],
+)
+def test_gradients_that_are_summed_at_the_last_micro_batch_are_the_same(shards, dtype, checkpointing):
+    together(2, check_last, shards, dtype, checkpointing)
+
+
+def check_whole_models():
+    """ddp, and shard: optimizer; in base and sft torch's DDP does so (Accelerator.no_sync)."""
+    counts = []
+    for rows in (2, 6):  # in one micro-batch a process, and in three
+        model = nn.Linear(2, 1)
+
+        def loss(own, batch, model=model):
+            return model(torch.ones(len(own), 2)).sum(), {}
+
+        trainee = make_trainee("model", model, learning_rate=0.1, max_grad_norm=1.0)
+        task = Task(range(rows), rows, [1] * rows, lambda own: [[i] for i in own], loss, dict)
+        backward = SimpleNamespace(backward=lambda loss: loss.backward())
+        with Sent() as sent:
+            assert len(accumulate_gradients(backward, trainee, task, range(rows), False)) == rows // 2
+        counts.append(sent.count("allreduce_"))
+    assert counts[0] == counts[1] > 0
+
+
+def test_gradients_of_whole_models_are_summed_once_a_step():
+    together(2, check_whole_models)
