@@ -397,6 +397,16 @@ def layout_problems(launch: LaunchSettings, dtype: str) -> list[str]:
         )
     if launch.shard is not None and launch.strategy == "ddp":
         problems.append("launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsdp2")
+    if launch.reduce is not None and (launch.strategy == "ddp" or launch.shard == "optimizer"):
+        problems.append(
+            "launch.reduce: has no effect where gradients are whole, which are always summed at the last micro-batch; "
+            "leave it out, or set launch.strategy: fsdp2 and launch.shard: weights"
+        )
+    if launch.reduce == "last" and launch.offload == "all":
+        problems.append(
+            "launch.reduce: last keeps whole gradients on the device, and launch.offload: all is there to keep none; "
+            "leave one of them out"
+        )
     if launch.offload == "all" and count_of_processes(launch) > 1 and launch.strategy == "ddp":
         problems.append(
             "launch.offload: all shards the weights, and launch.strategy ddp keeps them whole; set launch.strategy: "
@@ -438,8 +448,9 @@ def axis_problems(experiment: Common) -> list[str]:
             f"launch.processes: {count} process(es) do not divide into groups of {together} ({' × '.join(axes)}); set "
             f"a multiple of {together}"
         )
-    if together > 1 and (launch.shard not in (None, "weights") or launch.offload not in (None, "none")):
-        key = "offload" if launch.offload not in (None, "none") else "shard"
+    usual = {"shard": (None, "weights"), "reduce": (None, "each"), "offload": (None, "none")}
+    if together > 1 and (odd := [key for key, values in usual.items() if getattr(launch, key) not in values]):
+        key = odd[-1]
         lines.append(
             f"launch.{key}: {getattr(launch, key)} was not made for models that processes compute together "
             f"(launch.tensor_parallel, context_parallel); leave it out, or set both to 1"

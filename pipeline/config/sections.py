@@ -508,6 +508,13 @@ class LaunchSettings(Section):
         "pass to its backward pass (the memory of ZeRO-2); weights: every weight, gradient and moment (torch's "
         "fully_shard, ZeRO-3); null: weights",
     )
+    reduce: Literal["each", "last"] | None = setting(
+        None,
+        "when fsdp2 sums gradients over the processes: each: at every micro-batch, so that shards of them are all that "
+        "is kept; last: at the last micro-batch of an optimizer step, so that they are sent once and kept whole until "
+        "then, 4 bytes a trained weight. Where gradients are whole anyway (ddp, shard: optimizer), it is the last; "
+        "null: each",
+    )
     offload: Literal["none", "optimizer", "all"] | None = setting(
         None,
         "what is kept in the CPU's memory: optimizer: Adam's moments, and it steps there; all: weights and gradients "

@@ -19,6 +19,11 @@ class Layout:
     """Whether what a forward pass keeps for the backward pass waits in the CPU's memory."""
     splits_step: bool = False
     """Whether each of several processes steps its rows of whole weights only (ZeRO-1)."""
+    casts_gathers: bool = True
+    """Whether linear layers that train are gathered in the dtype that autocast casts them to."""
+
+    reduces_last: bool = False
+    """Whether sharded models sum gradients over processes at a step's last micro-batch only."""
 
     @property
     def has_stand_ins(self) -> bool:
@@ -38,4 +43,6 @@ def layout_of(launch: Any, world_size: int) -> Layout:
         offload=launch.offload or "none",
         offload_activations=bool(launch.offload_activations),
         splits_step=world_size > 1 and launch.strategy == "fsdp2" and launch.shard == "optimizer",
+        casts_gathers=(launch.tensor_parallel or 1) == 1,
+        reduces_last=launch.reduce == "last",
     )

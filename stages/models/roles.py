@@ -62,7 +62,7 @@ def make_on_device(
         model = prepared().to(accelerator.device)
     else:
         model = make_on_rank_zero(prepared)
-        shard(model, accelerator.device, layout=layout)
+        shard(model, accelerator.device, layout=layout, dtype=CAST.get(accelerator.mixed_precision))
     if compiling is not None:
         compiling.apply(model, accelerator.autocast)
     return model

@@ -14,7 +14,7 @@ pass (tensor_parallel.py); fsdp2 then shards each share among the groups.
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from stages.models.precision import castable, uncast
 from stages.models.prefix import ATTENTION as BEHIND_PREFIX
 from stages.models.shares import read_like
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -87,7 +88,14 @@ def _unpickled(sent: bytes | None) -> nn.Module | None:
     return model
 
 
-def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout: Layout | None = None) -> None:
+def shard(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    mean: bool = False,
+    layout: Layout | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Keep this process's share of each weight, on `device`, or in the CPU's memory.
 
     All processes call it with the same model, whose weights are those on rank 0. With one process
@@ -98,11 +106,13 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
         device: Where the shard goes, and where the model computes.
         mean: Whether gradients are averaged over processes; otherwise they are summed.
         layout: When weights are freed, and whether shards are offloaded; None: as `Layout()` says.
+        dtype: What autocast casts to in every pass of the model; the weights of `gathered_cast` are
+            gathered in it. None: all are gathered as they are.
 
     Raises:
         UserError: Tensor parallelism is asked for, and the model cannot be cut.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     layout = layout or Layout()
     offloads = layout.offload == "all"
@@ -122,10 +132,13 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
         options["reshard_after_forward"] = False
     if offloads:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    # Autocast casts the inputs; gradients are summed and kept in float32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for member in members(model):
         inner = unwrapped(member)
         expected = whole_trial(member)
         styles = {} if weights is None else tensor_parallel.styles_of(inner)
+        cast = gathered_cast(member) if dtype is not None and layout.casts_gathers else set()
         # Set in __dict__: as a submodule it would add its parameters to the model's.
         member.__dict__["skeleton"] = without_weights(member).to(device)
         # Layers first: the model's own shard is then of the parameters that no layer has taken.
@@ -134,8 +147,12 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
             _broadcast_weights(layer, device)
             if weights is not None:
                 tensor_parallel.cut(inner, layer, styles, weights["tensor"])
-            if over_data:
-                fully_shard(layer, **options)
+            if not over_data:
+                continue
+            # A group has one dtype: these are one, what is left of the layer another.
+            if linear := [module for module in layer.modules() if module in cast]:
+                fully_shard(linear, mp_policy=policy, **options)
+            fully_shard(layer, **options)
         _broadcast_weights(inner, device)
         if weights is not None:
             tensor_parallel.cut(inner, inner, styles, weights["tensor"])
@@ -148,6 +165,7 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
         # `compute` becomes a forward method to FSDP, which gathers the weights around each call.
         inner.__dict__["compute"] = lambda function: function()
         register_fsdp_forward_method(inner, "compute")
+        inner.__dict__["reduces_last"] = layout.reduces_last
         if keeps_gathered:
             for module in fsdp_modules(inner):
                 module.register_forward_hook(_free_without_backward)
@@ -155,7 +173,7 @@ def shard(model: nn.Module, device: torch.device, *, mean: bool = False, layout:
             # peft's AdaLoRA calls the forward method itself, past the hook that gathers weights.
             member.base_model.__dict__["forward"] = inner.__call__
         if not mean:  # losses are divided by the global count already
-            for module in fsdp_modules(inner):
+            for module in _sharded_parts(inner):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         check_trial(member, expected)
@@ -216,7 +234,28 @@ def _meet_alone(device: torch.device) -> None:
 def _free_without_backward(module: nn.Module, args: tuple, result: Any) -> None:
     """Free gathered weights after a forward pass without gradients: no backward pass will do it."""
     if not torch.is_grad_enabled():
-        module.reshard()
+        for part in _sharded_parts(module):
+            part.reshard()
+
+
+def gathered_cast(model: nn.Module) -> set[nn.Module]:
+    """Return the linear layers whose weights are gathered in the dtype that autocast casts them to.
+
+    A product takes the same numbers as if they were cast after the gather; half the bytes are sent,
+    and no second copy is kept for the backward pass. Whatever autocast leaves in float32 (norms,
+    embeddings, a scalar head) is gathered in it, and so is what has rules of its own for dtypes:
+    peft's adapters, and the head, whose gradient is summed over chunks of rows in float32. Frozen
+    layers are cast before they are sharded (`precision.cast_frozen`).
+
+    Args:
+        model: Whole.
+    """
+    if is_adapted(model):
+        return set()
+    inner = unwrapped(model)
+    castables = {id(p) for p in castable(model) if p.requires_grad}
+    linear = (module for layer in decoder_layers(inner) for module in layer.modules() if type(module) is nn.Linear)
+    return {module for module in linear if all(id(p) in castables for p in module.parameters())}
 
 
 @torch.no_grad()
@@ -267,11 +306,45 @@ def decoder_layers(inner: nn.Module) -> list[nn.Module]:
 def fsdp_modules(inner: nn.Module) -> list[nn.Module]:
     """Return the modules that are all-gathered one at a time in a pass; [] without sharding.
 
-    They are the decoder layers, and the model itself for its remaining weights.
+    They are the decoder layers, and the model itself for its remaining weights. The linear layers
+    of `gathered_cast` have their layer's place.
     """
+    return [module for module in _sharded_parts(inner) if not isinstance(module, nn.Linear)]
+
+
+def _sharded_parts(module: nn.Module) -> list[Any]:
+    """Return the modules below one, itself included, whose own weights fsdp2 shards."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in inner.modules() if isinstance(module, FSDPModule)]
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def reducing_last(models: list[nn.Module], passes: Iterable[Item]) -> Iterator[Item]:
+    """Yield the micro-batches of an optimizer step, and sum gradients over processes at the last.
+
+    That is for sharded models, and only where launch.reduce says so. Of other models nothing is
+    summed in a backward pass (`parallel.all_reduce_gradients` does it once a step).
+
+    Args:
+        models: The models that each micro-batch passes through, forward and backward.
+        passes: As many micro-batches on every process, each with its passes.
+    """
+    deferring = [inner for inner in map(unwrapped, models) if inner.__dict__.get("reduces_last")]
+    last = None if not deferring else len(passes := list(passes)) - 1
+    for i, micro_batch in enumerate(passes):
+        sum_gradients(deferring, last is None or i == last)
+        yield micro_batch
+
+
+def sum_gradients(sharded: Iterable[nn.Module], sums: bool) -> None:
+    """Set whether backward passes sum gradients over processes, or add them up whole first.
+
+    Args:
+        sharded: The transformers models, sharded.
+        sums: Whether they do.
+    """
+    for inner in sharded:
+        inner.set_requires_gradient_sync(sums)
 
 
 def compute_gathered(model: nn.Module, function: Callable[[], Result]) -> Result:
@@ -370,7 +443,7 @@ def free_gathered(model: nn.Module) -> None:
         model: The model; one that is not sharded is left as it is.
     """
     for member in members(model):
-        for module in fsdp_modules(unwrapped(member)):
+        for module in _sharded_parts(unwrapped(member)):
             module.reshard()
 
 
@@ -389,10 +462,11 @@ def _gather_into(inside: nn.Module, model: nn.Module, keep: bool) -> None:
     casts = torch.is_autocast_enabled(device.type)
     linear = set(map(id, castable(inside))) if casts else set()
     for empty, p in zip(inside.parameters(), model.parameters(), strict=True):
+        if id(empty) in linear:  # before it is sent
+            p = p.to(torch.get_autocast_dtype(device.type))
         full = p.full_tensor()  # a collective: ranks that keep nothing must join in
         if keep:
-            dtype = torch.get_autocast_dtype(device.type) if id(empty) in linear else full.dtype
-            empty.data = full.to(device, dtype)
+            empty.data = full.to(device)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pipeline.launch import parallel
 from stages.models.adapters import trainable_parameters
 from stages.models.forward import response_logprobs, response_values, text_logprobs
 from stages.models.roles import Roles
-from stages.models.sharding import whole
+from stages.models.sharding import reducing_last, whole
 from stages.objectives.losses import kl_loss, policy_loss, value_loss
 from stages.ppo.figures import OF_PTX
 from stages.ppo.options import UpdateOptions
@@ -233,7 +233,7 @@ def ppo_gradients(roles: Roles, batch: Batch, index: list[int], options: UpdateO
     lengths = rollout.lengths()
     share = share_groups(lengths, index, n)
     chunks = in_micro_batches(lengths, share, n, options.micro_batch_size, roles.most_tokens())
-    for chunk, is_own in parallel.padded_micro_batches(chunks, roles.spare()):
+    for chunk, is_own in reducing_last(roles.trained(), parallel.padded_micro_batches(chunks, roles.spare())):
         rows = rollout.rows(chunk, roles.tokenizer.pad_token_id, roles.packed)
         mask = rows.response_mask
         episodes = moved({"episodes": torch.tensor(chunk)}, rollout.mask.device)["episodes"]
@@ -306,7 +306,8 @@ def ptx_gradient(roles: Roles, policy: Trainee, texts: list[list[int]], options:
     parts: list[dict[str, Figure]] = []
     share = parallel.rows_of_this_rank(texts, [1] * len(texts))
     chunks = list(micro_batches(share, options.micro_batch_size))
-    for chunk, is_own in parallel.padded_micro_batches(chunks, texts[:1] if roles.spare() else None):
+    passes = parallel.padded_micro_batches(chunks, texts[:1] if roles.spare() else None)
+    for chunk, is_own in reducing_last([roles.policy], passes):
         ids = moved({"ids": torch.tensor(chunk)}, roles.accelerator.device)["ids"]
         with roles.accelerator.autocast():
             loss = -text_logprobs(roles.policy, ids).sum() / tokens

@@ -35,7 +35,7 @@ from stages.models.packing import has_short_window, register, trunk_options
 from stages.models.precision import cast_frozen, castable
 from stages.models.quantized import Quantized
 from stages.models.remote_code import forget_remote_classes, is_remote
-from stages.models.sharding import decoder_layers
+from stages.models.sharding import decoder_layers, gathered_cast
 from stages.models.soft_prompts import assume_soft_prompt
 from stages.objectives.logprobs import token_logprobs
 from stages.training.trainee import make_trainee
@@ -198,7 +198,10 @@ def take_step(
             elif layout.offload_activations:
                 CountedOffload(unwrapped(model).base_model, live.to_host).attach()
             models[name] = model
-        weights, separate = live.now, sum(map(size_of, models.values()))
+        weights, sizes = live.now, {name: size_of(model) for name, model in models.items()}
+        trains = {name: sum(p.nbytes for p in trainable_parameters(model).values()) for name, model in models.items()}
+        frozen = {name: frozen_size(model, dtype) for name, model in models.items()}
+        cast_gathers(list(models.values()), sharded and dtype != "float32" and layout.casts_gathers)
         options = {"steps": 100, "learning_rate": 1.0, "max_grad_norm": 1.0}
         trainees = [make_trainee(name, model, **options) for name, model in models.items()]
         if not sharded:
@@ -223,7 +226,6 @@ def take_step(
         for trainee in trainees:
             trainee.optimizer.step()
             trainee.optimizer.zero_grad(set_to_none=True)
-        trains = {name: sum(p.nbytes for p in trainable_parameters(model).values()) for name, model in models.items()}
         aside = sum(trains[step.model] for step in steps if step.head == "text" and len(steps) > 1)
         step, moments = live.most - before, before - weights
         host = live.host_most
@@ -232,6 +234,8 @@ def take_step(
             # Shards of gradients, of PPO and the text: before the last backward pass, and after.
             again = max(one.times for one in steps) > 1
             early, late = ((sum(trains.values()) * some + aside) // parts for some in (again, True))
+            if layout.reduces_last:
+                early = sum(trains.values()) * again + aside // parts
             if layout.offload == "all" and device != "cpu":
                 host, early, late = host + late, 0, 0
             at_once = max(map(gathered_at_once, models.values()))
@@ -246,16 +250,28 @@ def take_step(
             moments, host = (moments + copies, host) if device == "cpu" else (0, host + moments + copies)
         return Sizes(
             weights=weights // (parts if sharded else 1),
-            models={name: size_of(model) for name, model in models.items()},
-            frozen={name: frozen_size(model, dtype) for name, model in models.items()},
+            models=sizes,
+            frozen=frozen,
             trains=trains,
             moments=moments,
             step=step,
-            shared=weights < separate,
+            shared=weights < sum(sizes.values()),
             adapted=adapter.soft_prompt is not None or any(map(is_adapted, models.values())),
             host=host,
             saved=saved,
         )
+
+
+def cast_gathers(models: list[nn.Module], casts: bool) -> None:
+    """Cast the weights that are gathered in 16 bits, of which autocast then makes no copies.
+
+    Args:
+        models: The models that train; changed.
+        casts: Whether any are.
+    """
+    for layer in (layer for model in models if casts for layer in gathered_cast(model)):
+        for p in layer.parameters():
+            p.data = p.data.to(torch.bfloat16)
 
 
 def create_moments(models: list[nn.Module], trainees: list[Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.streams import ORDER_VERSION
 from pipeline.launch import parallel
-from stages.models.sharding import is_sharded, whole
+from stages.models.sharding import is_sharded, reducing_last, whole
 from stages.training.checkpoint import TrainingState, check_row_order, load_checkpoint, save_checkpoint
 from stages.training.readings import Figure, detached, read_sums
 from stages.training.scaling import Scaling, new_scaling
@@ -202,7 +202,8 @@ def accumulate_gradients(
     parts = list(task.cut(parallel.rows_of_this_rank(batch, [task.costs[i] for i in batch])))
     # Sharded weights are all-gathered in each pass: a rank that has fewer micro-batches than others
     # joins in with a spare one of weight 0.
-    for rows, own in parallel.padded_micro_batches(parts, batch[:1] if collective else None):
+    passes = parallel.padded_micro_batches(parts, batch[:1] if collective else None)
+    for rows, own in reducing_last([trainee.model], passes):
         share, sums = task.loss(rows, batch)
         accelerator.backward(parallel.for_sum(share if own else 0.0 * share))
         if own:

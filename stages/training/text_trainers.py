@@ -4,7 +4,8 @@ Each function takes a trainer class and returns a subclass with one change; `mak
 text.py combines them. trl takes seconds to import, so it is imported by the caller.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from stages.models.context_parallel import own_part
 from stages.models.label_head import add_label_head
 from stages.models.layout import Layout
 from stages.models.packing import rows_end_to_end
-from stages.models.sharding import gather_tensors, is_sharded, publishable, shard
+from stages.models.precision import CAST
+from stages.models.sharding import gather_tensors, is_sharded, publishable, shard, sum_gradients
 from stages.models.soft_prompts import without_soft_prompt
 from stages.objectives.losses import language_model_loss
 from stages.training.checkpoint import keep_optimizer_settings, shard_optimizer_tensors
@@ -351,10 +353,14 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
         def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
             pass  # `shard_model` moves a layer at a time: the device may have no room for the whole
 
-        def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
-            # transformers would keep whole gradients until the last micro-batch of a step, by a
-            # setting that a model has which transformers itself has sharded
-            return nullcontext()
+        @contextmanager
+        def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+            # Around each micro-batch but the last. transformers' own asks for a setting of a model
+            # that transformers itself has sharded.
+            if layout.reduces_last:
+                sum_gradients([unwrapped(self.model)], False)
+            yield
+            sum_gradients([unwrapped(self.model)], True)
 
         def shard_model(self, checkpoint: Path | None) -> None:
             """Keep this rank's shard of the weights.
@@ -368,7 +374,8 @@ def with_sharding(trainer_class: type, layout: Layout) -> type:
                 checkpoint = None
             if checkpoint is not None and parallel.is_rank_zero():  # its weights are sent to the other ranks
                 self._load_from_checkpoint(str(checkpoint))
-            shard(self.model, self.args.device, mean=True, layout=layout)
+            dtype = CAST.get(self.accelerator.mixed_precision)
+            shard(self.model, self.args.device, mean=True, layout=layout, dtype=dtype)
             if saved is not None:
                 weights_of(self.model).load(saved.stored(WEIGHTS))
             # autocast would cache a cast of each layer that is all-gathered: the whole model

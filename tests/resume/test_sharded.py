@@ -147,6 +147,27 @@ def test_a_method_under_fsdp2_gives_the_results_of_ddp_and_resumes(stage, settin
     assert published(root / "micro" / stage) == whole
 
 
+@pytest.mark.slow
+def test_in_bfloat16_with_sums_at_the_last_micro_batch_they_resume_to_the_same_bytes(tmp_path):
+    """Figures are those of ddp up to rounding: rows meet in other sums."""
+    whole, run = tmp_path / "alone", ("--artifacts", str(tmp_path / "alone"), BFLOAT16)
+    assert rlhf("run", "rm", "-c", str(CONFIG), *run) == 0
+    for stage in ("sft", "rm"):
+        micro = (f"{stage}.per_device_train_batch_size=1", f"{stage}.gradient_accumulation_steps=4")
+        found = {}
+        for name, settings in {"ddp": (), "fsdp2": (FSDP,), "last": (FSDP, "launch.reduce=last")}.items():
+            root = copy_without(whole, tmp_path / stage / name, stage)
+            assert rlhf_together(*command(stage, root, BFLOAT16, *micro, *settings)) == [0, 0]
+            found[name] = root / "micro" / stage
+            if name != "ddp":
+                assert_same_results(found[name], found["ddp"], first=1e-3, later=1e-2)
+        root = copy_without(whole, tmp_path / stage / "killed", stage)
+        again = command(stage, root, BFLOAT16, *micro, *settings)
+        assert -signal.SIGKILL in rlhf_together(*again, die=(1, stage, 5), seconds=60)
+        assert rlhf_together(*again, one_reads=True) == [0, 0]
+        assert published(root / "micro" / stage) == published(found["last"])
+
+
 OWN_BASE = [
     "rm.base={hidden_size: 24, num_attention_heads: 3, vocab_size: 600, sft: {max_steps: 2, max_length: 96}}",
     *("rm.max_length=96", "ppo.total_episodes=16"),

@@ -147,6 +147,11 @@ PREFIX = ("model.peft.method=prefix_tuning", "model.max_position_embeddings=1024
         ),
         (("launch.offload=optimizer", "model.dtype=float16"), "launch.offload: optimizer steps other tensors than tho"),
         (("launch.shard=optimizer",), "launch.shard: has no effect with launch.strategy ddp; set launch.strategy: fsd"),
+        (("launch.reduce=last",), "launch.reduce: has no effect where gradients are whole"),
+        (
+            ("launch.reduce=last", "launch.offload=all", "launch.strategy=fsdp2"),
+            "launch.reduce: last keeps whole gradients on the device",
+        ),
         (("launch.offload=all", "launch.processes=2"), "launch.offload: all shards the weights, and launch.strategy d"),
         (
             ("launch.offload=all", "launch.shard=optimizer", "launch.strategy=fsdp2"),

@@ -160,6 +160,11 @@ def test_what_is_offloaded_leaves_the_gpu():
     assert zero2.weights == zero3.weights == whole // 2
     assert zero2.moments == zero3.moments == pytest.approx(whole, rel=0.01)
     assert zero3.step < zero2.step
+    several = (CONFIG, [Step("policy", "logprobs", LENGTHS, times=2)], *given[2:])
+    each, last = (take_step(*several, parts=2, layout=Layout(reduces_last=x)) for x in (False, True))
+    assert (
+        last.step == each.step + last.trains["policy"] // 2
+    )  # the gradients of the first micro-batch: whole, and not half of them
     optimizer = take_step(*given, layout=Layout(offload="optimizer"))
     assert optimizer.moments == 0 and optimizer.step <= plain.step
     assert optimizer.host == pytest.approx(plain.moments + 2 * whole, rel=0.01)  # weights, gradients
