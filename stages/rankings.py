@@ -178,6 +178,20 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     }
 
 
+def warn_of_cut_off(responses: SampledResponses, session: Session) -> None:
+    """Say so if many responses were cut off.
+
+    They are ranked as they are, and no model learns from them how to end. The reward model scores
+    them at a token that is no end of turn, and learns first to tell them from the others.
+
+    Args:
+        responses: SFT's responses.
+        session: Where lines go.
+    """
+    if responses.unfinished_share > MANY_UNFINISHED:
+        session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")
+
+
 # -- rankings by scorers -------------------------------------------------------------------------
 
 
@@ -216,6 +230,7 @@ def publish_by_scorers(
     )
     scorer = scorers_of(scorers, spec)
     ctx.confirm_folders()  # the named ones have been loaded
+    warn_of_cut_off(responses, session)
     prompts = [
         ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
     ]
@@ -297,9 +312,7 @@ def simulate(
         # disagree on.
         session.say(f"{problem}: they rank without noise; train base and sft longer")
         noise = labelers.NO_NOISE
-    if responses.unfinished_share > MANY_UNFINISHED:
-        # Labelers rank a response as it is; no model learns from it how such a response should end.
-        session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")
+    warn_of_cut_off(responses, session)
     keys = request_keys(world, prompts, session.seed)
     validation = set(held_out(keys, settings.validation_fraction)[1])
     labelers_of = [2 if i in validation else settings.labelers_per_prompt for i in range(len(prompts))]

@@ -10,7 +10,7 @@ import pytest
 from data.records import Ranking
 from pipeline import fingerprints
 from pipeline.errors import UserError
-from stages.rankings import ceiling_figures
+from stages.rankings import MANY_UNFINISHED, ceiling_figures
 from stages.scorers.labels import with_noise
 
 SMALL = ["data.rankings=null", "rankings.samples_per_prompt=4", "rankings.response_length=6", "rankings.max_length=64"]
@@ -37,6 +37,9 @@ def test_responses_are_ranked_by_the_weighted_sum(chain, tmp_path):
         assert row["ranks"] == [1 + sum(other > score + 1e-6 for other in scores) for score in scores]
         assert "labeler" not in row and len(row["finished"]) == 4
     assert done.figures["score"] == pytest.approx(sum(sum(row["scores"]) for row in rows) / len(rows) / 4, abs=1e-5)
+    cut_off = 1 - sum(sum(row["finished"]) for row in rows) / len(rows) / 4
+    assert cut_off == pytest.approx(done.figures["unfinished"]) and cut_off > MANY_UNFINISHED
+    assert f"{cut_off:.0%} of the responses were cut off; raise rankings.response_length" in done.said
 
 
 def test_scores_that_are_near_are_tied(chain, tmp_path):
