@@ -34,7 +34,7 @@ def rounds_to(values: tuple[float, ...], text: tuple[str, ...]) -> bool:
     return all(round(value, n) == float(part) for value, n, part in zip(values, digits, text, strict=True))
 
 
-ALL = lines("ppo", "rm", "dpo", "engines")
+ALL = lines("ppo", "rm", "dpo", "sft", "engines")
 FAIR = [ratio_of(line) for line in ALL if ratio_of(line) and line.get("mode") != "capped"]
 
 
@@ -49,7 +49,7 @@ def test_ratios_of_all_tables_are_found():
 
 @pytest.mark.parametrize("commit", sorted(set(COMMIT.findall(AGAINST_TRL))))
 def test_every_commit_is_that_of_a_line(commit):
-    known = {line["commit"].rstrip("+") for line in lines("ppo", "rm", "dpo", "engines", "checkpoints", "goodput")}
+    known = {line["commit"].rstrip("+") for line in lines("ppo", "rm", "dpo", "sft", "engines", "starts", "checkpoints", "goodput")}
     assert commit in known
 
 
