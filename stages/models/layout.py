@@ -21,7 +21,6 @@ class Layout:
     """Whether each of several processes steps its rows of whole weights only (ZeRO-1)."""
     casts_gathers: bool = True
     """Whether linear layers that train are gathered in the dtype that autocast casts them to."""
-
     reduces_last: bool = False
     """Whether sharded models sum gradients over processes at a step's last micro-batch only."""
 

@@ -330,9 +330,12 @@ def reducing_last(models: list[nn.Module], passes: Iterable[Item]) -> Iterator[I
         passes: As many micro-batches on every process, each with its passes.
     """
     deferring = [inner for inner in map(unwrapped, models) if inner.__dict__.get("reduces_last")]
-    last = None if not deferring else len(passes := list(passes)) - 1
-    for i, micro_batch in enumerate(passes):
-        sum_gradients(deferring, last is None or i == last)
+    if not deferring:
+        yield from passes
+        return
+    micro_batches = list(passes)
+    for i, micro_batch in enumerate(micro_batches, start=1):
+        sum_gradients(deferring, i == len(micro_batches))
         yield micro_batch
 
 

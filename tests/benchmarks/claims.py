@@ -19,7 +19,6 @@ reports 11 to 15. --size micro runs everything with a model of a few thousand pa
 minutes, to show that it runs.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -44,6 +43,7 @@ from sweeps.text import markdown
 
 from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StopFlag
+from pipeline.store.files import write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -280,11 +280,6 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
     if args.keep:
         told = f"{len(finished)} of {len(entries)} rows are finished"
         print(f"kept: {relative(args.results / 'claims.json')} ({told})" if finished else f"nothing kept: {told}")
-
-
-def write_json(file: Path, rows: Sequence[dict]) -> None:
-    """Write rows as a JSON file."""
-    file.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def unfinished(entry: Entry) -> Entry:
