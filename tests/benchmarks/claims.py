@@ -19,6 +19,7 @@ reports 11 to 15. --size micro runs everything with a model of a few thousand pa
 minutes, to show that it runs.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -43,6 +44,7 @@ from sweeps.text import markdown
 
 from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StopFlag
+from pipeline.store import integrity
 from pipeline.store.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -246,6 +248,7 @@ def entry_of(args: Namespace, row: Row) -> Entry:
         commit=", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records.values())),
         date=max((record["date"] for record in records.values()), default=""),
         failed="; ".join(failed),
+        digest=integrity.sha256_json({str(seed): file.digest for seed, file in files.items()}),
     )
 
 
@@ -267,10 +270,6 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
     meta = f"size: {args.size}, seeds {' '.join(map(str, args.seeds))}" + (f", {dates[-1]}" if dates else "")
     (args.folder / "index.html").write_text(page(meta, entries), encoding="utf-8")
     write_json(args.folder / "claims.json", [as_row(entry) for entry in entries])
-    finished = [entry for entry in entries if not entry.quick and not entry.failed]
-    if args.keep and finished:
-        kept = [as_row(entry if entry in finished else unfinished(entry)) for entry in entries]
-        write_json(args.results / "claims.json", kept)
     lines = []
     for entry in [entry for entry in entries if entry.row in args.rows]:
         mark = " (quick)" if entry.quick and entry.finding["verdict"] != NOT_RUN else ""
@@ -278,8 +277,37 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
     print(markdown(["row", "ours, 95 % interval", "verdict"], lines))
     print(f"\npage: {relative(args.folder / 'index.html')}")
     if args.keep:
-        told = f"{len(finished)} of {len(entries)} rows are finished"
-        print(f"kept: {relative(args.results / 'claims.json')} ({told})" if finished else f"nothing kept: {told}")
+        print(keep(args.results / "claims.json", entries))
+
+
+def keep(file: Path, entries: Sequence[Entry]) -> str:
+    """Publish the rows that are finished at their whole size; leave what earlier runs published.
+
+    Args:
+        file: The published file. An earlier row stays where this run has not finished it, if it was
+            measured with the settings of today.
+        entries: All rows, with what was found for them.
+
+    Returns:
+        A line that says how many rows are finished, or stay.
+    """
+    earlier = {row["row"]: row for row in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+    rows, finished, stay = [], 0, 0
+    for entry in entries:
+        before = earlier.get(entry.row.key)
+        if not entry.quick and not entry.failed:
+            rows.append(as_row(entry))
+            finished += 1
+        elif before is not None and before["verdict"] != NOT_RUN and before["digest"] == entry.digest:
+            rows.append(before)
+            stay += 1
+        else:
+            rows.append(as_row(unfinished(entry)))
+    told = f"{finished} of {len(entries)} rows are finished" + (f", {stay} stay from earlier runs" if stay else "")
+    if not finished:
+        return f"nothing kept: {told}"
+    write_json(file, rows)
+    return f"kept: {relative(file)} ({told})"
 
 
 def unfinished(entry: Entry) -> Entry:
@@ -306,6 +334,7 @@ def as_row(entry: Entry) -> dict:
         "minutes": None if entry.minutes is None else round(entry.minutes, 1),
         "commit": entry.commit or None,
         "date": entry.date or None,
+        "digest": entry.digest,
         "note": row.note,
         "figures": entry.finding["figures"],
     }

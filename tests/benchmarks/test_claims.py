@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -827,6 +828,29 @@ class TestCommand:
         kept = json.loads((tmp_path / "results/claims.json").read_text("utf-8"))
         assert kept[:2] == rows[:2]
         assert kept[2]["verdict"] == NOT_RUN and not kept[2]["seeds"] and kept[2]["ours"] is kept[2]["commit"] is None
+
+    def test_keep_leaves_what_was_published_with_the_settings_of_today(
+        self, count, command, monkeypatch, tmp_path, capsys
+    ):
+        """Another machine has the first rows only in the published file, and measures the third."""
+        file = tmp_path / "results" / "claims.json"
+        file.parent.mkdir()
+        command("--keep")
+        before = json.loads(file.read_text("utf-8"))
+        shutil.rmtree(tmp_path / "claims")
+        other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
+        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        capsys.readouterr()
+        _, rows = command("--only", "third", "--keep")
+        assert "(1 of 3 rows are finished, 2 stay from earlier runs)" in capsys.readouterr().out
+        assert json.loads(file.read_text("utf-8")) == [*before, rows[2]] and rows[0]["verdict"] == NOT_RUN
+        changed = replace(claims.ROWS[0].measurement, version=claims.ROWS[0].measurement.version + 1)
+        monkeypatch.setattr(
+            claims, "ROWS", tuple(replace(row, measurement=changed) for row in claims.ROWS[:2]) + (other,)
+        )
+        command("--only", "third", "--keep")
+        kept = json.loads(file.read_text("utf-8"))
+        assert [row["verdict"] for row in kept] == [NOT_RUN, NOT_RUN, HOLDS], "a row of other settings is no result"
 
     def test_an_unknown_row_is_one_line_and_exit_2(self, command, capsys):
         assert command("--only", "nonsense") == (2, [])

@@ -57,6 +57,8 @@ class Entry:
     """When it was measured last."""
     failed: str = ""
     """Why it could not be measured."""
+    digest: str = ""
+    """Digest of the settings on all seeds that were asked for."""
 
 
 def page(meta: str, entries: Sequence[Entry]) -> str:
