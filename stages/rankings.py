@@ -163,7 +163,7 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     if further.prompts:
         labelers_of = [settings.labelers_per_prompt] * len(further.prompts)
         ranked = rank_all(further, utilities_of(world, further), labelers_of, figures["noise"], session.seed, count)
-        sides["judge"] = [row for _, row in ranked]
+        sides["judge"] = [judged_part(row, settings) for _, row in ranked]
         session.say(f"{len(further.prompts)} further prompts are ranked to train a judge")
     for name, some in sides.items():
         refuse_no_pair(name, len(some), sum(usable_pairs(row) for row in some))
@@ -178,18 +178,39 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     }
 
 
-def warn_of_cut_off(responses: SampledResponses, session: Session) -> None:
+def warn_of_cut_off(responses: SampledResponses, settings: RankingsSettings, session: Session) -> None:
     """Say so if many responses were cut off.
 
-    They are ranked as they are, and no model learns from them how to end. The reward model scores
-    them at a token that is no end of turn, and learns first to tell them from the others.
+    Where they are ranked, no model learns from them how to end. The reward model scores them at a
+    token that is no end of turn, and learns first to tell them from the others.
 
     Args:
         responses: SFT's responses.
+        settings: The section rankings.
         session: Where lines go.
     """
     if responses.unfinished_share > MANY_UNFINISHED:
-        session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; raise rankings.response_length")
+        remedy = "raise rankings.response_length"
+        if settings.rank_unfinished:
+            remedy += ", or set rankings.rank_unfinished=false"
+        session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; {remedy}")
+
+
+def judged_part(ranking: Ranking, settings: RankingsSettings) -> Ranking:
+    """Return a ranking with what of it is published as judged.
+
+    Args:
+        ranking: A ranking of finished and unfinished responses.
+        settings: The section rankings: without `rank_unfinished`, a response that was cut off has
+            neither rank nor score.
+    """
+    if settings.rank_unfinished or all(ranking.finished):
+        return ranking
+    ranks = [rank if ended else None for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)]
+    scores = ranking.scores and tuple(
+        score if ended else None for score, ended in zip(ranking.scores, ranking.finished, strict=True)
+    )
+    return dataclasses.replace(ranking, ranks=tuple(ranks), scores=scores)
 
 
 # -- rankings by scorers -------------------------------------------------------------------------
@@ -230,7 +251,7 @@ def publish_by_scorers(
     )
     scorer = scorers_of(scorers, spec)
     ctx.confirm_folders()  # the named ones have been loaded
-    warn_of_cut_off(responses, session)
+    warn_of_cut_off(responses, settings, session)
     prompts = [
         ToRank(*one) for one in zip(responses.prompts, responses.answers, responses.rows, responses.places, strict=True)
     ]
@@ -245,8 +266,10 @@ def publish_by_scorers(
     split = split_rankings(positions, np.full(len(rankings), -1), [], settings.validation_fraction, judge)
     by_prompt, figures = [[one] for one in rankings], {}
     if settings.scorer_agreement is not None:
-        counts = [2 if side == kept_rankings.VALIDATION else 1 for side in split.sides]
+        counts = [2 if s == kept_rankings.VALIDATION else settings.labelers_per_prompt for s in split.sides]
         by_prompt, figures = with_noise(rankings, counts, settings.scorer_agreement, session.seed)
+    by_prompt = [[judged_part(one, settings) for one in some] for some in by_prompt]
+    if settings.scorer_agreement is not None:
         held = [(i, one) for i in np.flatnonzero(split.sides == kept_rankings.VALIDATION) for one in by_prompt[i]]
         scores = [np.array([rankings[i].scores], float) for i, _ in held]  # labelers differ in their noise alone
         rows = [one for _, one in held]
@@ -312,12 +335,12 @@ def simulate(
         # disagree on.
         session.say(f"{problem}: they rank without noise; train base and sft longer")
         noise = labelers.NO_NOISE
-    warn_of_cut_off(responses, session)
+    warn_of_cut_off(responses, settings, session)
     keys = request_keys(world, prompts, session.seed)
     validation = set(held_out(keys, settings.validation_fraction)[1])
     labelers_of = [2 if i in validation else settings.labelers_per_prompt for i in range(len(prompts))]
     ranked_rows = rank_all(responses, utilities, labelers_of, noise, session.seed)
-    ranked, rows = [i for i, _ in ranked_rows], [row for _, row in ranked_rows]
+    ranked, rows = [i for i, _ in ranked_rows], [judged_part(row, settings) for _, row in ranked_rows]
     held = [at for at, i in enumerate(ranked) if i in validation]
     rows_held = [rows[at] for at in held]
     tasks = [str(world.task(row.prompt)) for row in rows_held]

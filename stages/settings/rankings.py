@@ -53,7 +53,16 @@ class RankingsSettings(Section):
         lt=1,
     )
     labelers_per_prompt: int = setting(
-        1, "number of simulated labelers who rank the responses to a training prompt independently", ge=1, le=5
+        1,
+        "number of simulated labelers, or of labelers with scorer_agreement, who rank the responses to a training "
+        "prompt independently",
+        ge=1,
+        le=5,
+    )
+    rank_unfinished: bool = setting(
+        True,
+        "rank responses that were cut off at response_length too; false: they are not judged (rank null), so that the "
+        "reward model does not learn first to tell them from the others, which ppo.missing_eos_score does already",
     )
     batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
     scorer: list[Scorer] | None = setting(
@@ -66,7 +75,7 @@ class RankingsSettings(Section):
         None,
         "how often two labelers agree who see the score of scorer with noise of their own (InstructGPT: 0.726); sets "
         "the noise. Different responses of the same score count too: on them they agree half the time. Two rank a "
-        "prompt that is held out, one ranks any other. null: ranks follow the score itself",
+        "prompt that is held out, labelers_per_prompt any other. null: ranks follow the score itself",
         gt=0.5,
         lt=1,
     )
@@ -122,6 +131,8 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
             if getattr(settings, key) is not None
         ]
     lines = scorer_problems("rankings.scorer", settings.scorer)
+    if settings.scorer_agreement is None and settings.labelers_per_prompt > 1:
+        lines.append("rankings.labelers_per_prompt: scorers rank a prompt once; set scorer_agreement, or leave this out")
     if "agreement" in settings.model_fields_set:
         lines.append(
             "rankings.agreement: is that of the embedded world's labelers; beside rankings.scorer set scorer_agreement"
