@@ -206,7 +206,11 @@ def judged_part(ranking: Ranking, settings: RankingsSettings) -> Ranking:
     """
     if settings.rank_unfinished or all(ranking.finished):
         return ranking
-    ranks = [rank if ended else None for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)]
+    kept = [rank for rank, ended in zip(ranking.ranks, ranking.finished, strict=True) if ended]
+    ranks = [
+        1 + sum(other < rank for other in kept) if ended else None  # the best of the rest is rank 1
+        for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)
+    ]
     scores = ranking.scores and tuple(
         score if ended else None for score, ended in zip(ranking.scores, ranking.finished, strict=True)
     )

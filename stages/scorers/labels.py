@@ -113,7 +113,7 @@ def with_noise(
     Raises:
         UserError: Labelers cannot agree so often, as too many responses have the same score.
     """
-    seen = [np.array([one.scores, one.scores], float) for one in rankings]  # by two labelers of one taste
+    seen = [np.array([one.scores, one.scores], float) for one in rankings]  # by any two labelers, of one taste
     answers = [one.answers for one in rankings]
     try:
         noise = labelers.calibrate_noise(seen, answers, agreement)
@@ -126,7 +126,7 @@ def with_noise(
         by_labeler = []
         for k in range(count):
             rng = np.random.default_rng(derive_seed(seed, "rank", index, k))
-            ranks = labelers.rank(seen[index][k], noise, rng, answers[index])
+            ranks = labelers.rank(seen[index][0], noise, rng, answers[index])
             name = f"labeler {k + 1}"
             by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=tuple(ranks), labeler=name, scores=None))
         noisy.append(by_labeler)

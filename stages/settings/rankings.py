@@ -131,8 +131,6 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
             if getattr(settings, key) is not None
         ]
     lines = scorer_problems("rankings.scorer", settings.scorer)
-    if settings.scorer_agreement is None and settings.labelers_per_prompt > 1:
-        lines.append("rankings.labelers_per_prompt: scorers rank a prompt once; set scorer_agreement, or leave this out")
     if "agreement" in settings.model_fields_set:
         lines.append(
             "rankings.agreement: is that of the embedded world's labelers; beside rankings.scorer set scorer_agreement"

@@ -87,6 +87,43 @@ def test_labelers_who_see_the_score_with_noise_agree_as_often_as_asked(chain, tm
     assert again.rows("train.jsonl") == done.rows("train.jsonl")
 
 
+def test_several_labelers_rank_a_prompt_and_what_was_cut_off_can_stay_unjudged(chain, tmp_path):
+    """Rows of one prompt have the same responses, so a model reads them once; ranks may differ."""
+    settings = [*SMALL, BY_WORDS, "rankings.scorer_agreement=0.6", "rankings.response_length=6"]
+    whole = chain.run("rankings", tmp_path / "whole", *settings)
+    done = chain.run(
+        "rankings", tmp_path / "done", *settings, "rankings.labelers_per_prompt=3", "rankings.rank_unfinished=false"
+    )
+    rows = done.rows("train.jsonl")
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    assert all([row["labeler"] for row in some] == [f"labeler {k}" for k in (1, 2, 3)] for some in by_prompt.values())
+    assert all(len({tuple(row["responses"]) for row in some}) == 1 for some in by_prompt.values())
+    assert any(len({tuple(row["ranks"]) for row in some}) > 1 for some in by_prompt.values())
+    seen = rows + done.rows("validation.jsonl")
+    assert {flag for row in seen for flag in row["finished"]} == {True, False}
+    for row in seen:
+        assert [rank is None for rank in row["ranks"]] == [not ended for ended in row["finished"]]
+    assert not any(None in row["ranks"] for row in whole.rows("train.jsonl"))
+    first = {row["prompt"]: row["ranks"] for row in whole.rows("train.jsonl")}
+    for prompt, some in by_prompt.items():  # the first labeler is the one of a single labeler
+        judged = [rank for rank, ended in zip(first[prompt], some[0]["finished"], strict=True) if ended]
+        left = [rank for rank in some[0]["ranks"] if rank is not None]
+        assert left == [1 + sum(other < rank for other in judged) for rank in judged], "in the same order, from 1"
+    assert 0 < done.figures["accuracy_ceiling"] <= 1 and done.figures["unfinished"] == whole.figures["unfinished"]
+    assert "rank_unfinished=false" in whole.said and "rank_unfinished=false" not in done.said
+    by_score = chain.run(
+        "rankings", tmp_path / "scores", *SMALL, BY_WORDS, settings[-1], "rankings.rank_unfinished=false"
+    )
+    for row in by_score.rows("train.jsonl"):
+        assert [score is None for score in row["scores"]] == [not ended for ended in row["finished"]]
+    trained = chain.run(
+        "rm", tmp_path / "rm", *settings, "rm.max_steps=2", "rm.max_length=64", inputs={"rankings": done.folder}
+    )
+    assert len(trained.rows("metrics.jsonl")) == 2
+
+
 def ranking(index, scores):
     responses = tuple(f"{index} {k}" for k in range(len(scores)))
     ranks = tuple(1 + sum(other > score for other in scores) for score in scores)
