@@ -40,7 +40,7 @@ from claims_rows.page import Entry, ours_text, page
 from claims_rows.row import Measurement, Place, Row, derived, finding_of
 from claims_rows.verdicts import FEWEST_SEEDS, NOT_RUN
 from sweeps.runner import make_parser, parse_arguments, relative, run_command
-from sweeps.text import markdown
+from sweeps.text import markdown, with_interval
 
 from pipeline.errors import Interrupted, UserError
 from pipeline.stage import StopFlag
@@ -58,6 +58,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run, in place of those of the size")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run (--list names them); the page shows all")
     parser.add_argument("--list", action="store_true", help="list the rows, and run nothing")
+    parser.add_argument(
+        "--published", action="store_true", help="print results/claims.json as tests/README.md has it, and run nothing"
+    )
     parser.add_argument("--size", choices=list(SIZES), default="whole", help="how large everything is")
     parser.add_argument("--quick", action="store_true", help="the same as --size quick: two seeds, smaller sizes")
     parser.add_argument("--out", default="claims", type=Path, metavar="DIR", help="folder of the page")
@@ -111,6 +114,12 @@ def run(argv: list[str], stop: StopFlag) -> None:
     if args.list:
         listed = args.rows if args.only else ROWS
         print(markdown(["row", "claim", "source"], [[row.key, row.claim, row.source] for row in listed]))
+        return
+    if args.published:
+        file = args.results / "claims.json"
+        if not file.is_file():
+            raise UserError(f"{relative(file)}: no such file; `claims.py --keep` writes it")
+        print(published_table(json.loads(file.read_text(encoding="utf-8"))))
         return
     entries: list[Entry] = []
     try:
@@ -308,6 +317,21 @@ def keep(file: Path, entries: Sequence[Entry]) -> str:
         return f"nothing kept: {told}"
     write_json(file, rows)
     return f"kept: {relative(file)} ({told})"
+
+
+def published_table(rows: Sequence[dict]) -> str:
+    """Return the table of published rows that have a verdict, in Markdown.
+
+    Args:
+        rows: The rows of claims.json.
+    """
+    lines = [["claim", "source", "ours, 95 % interval over seeds", "verdict"], ["---"] * 4]
+    for row in rows:
+        main = row["figures"][0]
+        ours = "not defined" if main["value"] is None else f"{main['name']}: {with_interval(main, main['digits'])}"
+        if row["verdict"] != NOT_RUN:
+            lines.append([f"{row['claim']} (`{row['row']}`)", row["source"], ours, f"**{row['verdict']}**"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def unfinished(entry: Entry) -> Entry:

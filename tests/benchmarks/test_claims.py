@@ -852,6 +852,16 @@ class TestCommand:
         kept = json.loads(file.read_text("utf-8"))
         assert [row["verdict"] for row in kept] == [NOT_RUN, NOT_RUN, HOLDS], "a row of other settings is no result"
 
+    def test_published_rows_are_a_table(self, count, command, tmp_path, capsys):
+        assert command("--published")[0] == 2 and "claims.py --keep` writes it" in capsys.readouterr().err
+        (tmp_path / "results").mkdir()
+        command("--keep")
+        capsys.readouterr()
+        assert command("--published")[0] == 0
+        table = capsys.readouterr().out.splitlines()
+        assert len(table) == 4 and table[2].startswith("| One <is> more. (`first`) | Paper & co | x: 0.15")
+        assert [line.rsplit("| ", 1)[1] for line in table[2:]] == ["**holds** |", "**does not hold** |"]
+
     def test_an_unknown_row_is_one_line_and_exit_2(self, command, capsys):
         assert command("--only", "nonsense") == (2, [])
         error = capsys.readouterr().err

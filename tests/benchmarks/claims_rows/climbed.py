@@ -33,7 +33,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {"episodes": 6400, "ensemble": 3, "sizes": [0.3, 3.0], "samples": 8},
-        "quick": {"episodes": 1280, "ensemble": 2, "sizes": [0.3], "samples": 4},
+        "quick": {"episodes": 640, "ensemble": 2, "sizes": [0.3], "samples": 2},
         "micro": {"episodes": 32, "ensemble": 2, "sizes": [0.3], "samples": 2},
     },
 )

@@ -58,7 +58,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {"conditions": list(CONDITIONS), "samples": 8},
-        "quick": {"conditions": list(CONDITIONS), "samples": 4},
+        "quick": {"conditions": list(CONDITIONS), "samples": 2},
         "micro": {"conditions": ["as it is", "no EOS trick"], "samples": 2},
     },
 )

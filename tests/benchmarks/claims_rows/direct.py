@@ -66,7 +66,7 @@ MEASUREMENT = Measurement(
             "kl_coefs": [0.02, 0.1, 0.5],
             "samples": 8,
         },
-        "quick": {"betas": [0.1, 1.0], "steps": [40, 160], "own": 0, "kl_coefs": [0.02, 0.1], "samples": 4},
+        "quick": {"betas": [0.1, 1.0], "steps": [24, 96], "own": 0, "kl_coefs": [0.02, 0.1], "samples": 2},
         "micro": {"betas": [0.1, 1.0], "steps": [8, 16], "own": 0, "kl_coefs": [0.02, 0.5], "samples": 2},
     },
 )

@@ -36,11 +36,11 @@ MEASUREMENT = Measurement(
             "samples": 8,
         },
         "quick": {
-            "episodes": [192, 448, 832, 1280],
+            "episodes": [128, 256, 448, 640],
             "kl_coefs": [0.03, 0.3],
             "betas": [0.1, 1.0],
             "doublings": 4,
-            "samples": 4,
+            "samples": 2,
         },
         "micro": {
             "episodes": [16, 32, 64, 96],

@@ -30,8 +30,8 @@ MEASUREMENT = Measurement(
         "quick": {
             "rounds": 2,
             "overrides": [
-                "world.demonstrations=800", "world.prompts=600", "world.evaluation_prompts=120", "base.max_steps=300",
-                "base.eval_steps=300", "sft.num_train_epochs=2", "rank.prompts=50", "ppo.total_episodes=640",
+                "world.demonstrations=800", "world.prompts=600", "world.evaluation_prompts=120", "base.max_steps=200",
+                "base.eval_steps=200", "sft.num_train_epochs=2", "rank.prompts=50", "ppo.total_episodes=320",
             ],
         },
         "micro": {"rounds": 2, "overrides": "micro"},

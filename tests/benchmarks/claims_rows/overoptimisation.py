@@ -61,7 +61,7 @@ MEASUREMENT = Measurement(
             "best_of": 64,
             "samples": 8,
         },
-        "quick": {"kl_coefs": [0.0, 0.03, 0.3], "betas": [0.1, 1.0], "best_of": 32, "samples": 4},
+        "quick": {"kl_coefs": [0.0, 0.03, 0.3], "betas": [0.1, 1.0], "best_of": 32, "samples": 2},
         "micro": {"kl_coefs": [0.0, 0.5, 1.0], "betas": [0.5, 1.0], "best_of": 16, "samples": 2},
     },
 )

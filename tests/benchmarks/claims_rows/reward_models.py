@@ -116,7 +116,7 @@ EPOCHS = Measurement(
     run_epochs,
     {
         "whole": {"prompts": 800, "batch": 8, "epochs": [1, 2, 3, 4]},
-        "quick": {"prompts": 300, "batch": 8, "epochs": [1, 4]},
+        "quick": {"prompts": 150, "batch": 8, "epochs": [1, 4]},
         "micro": {"prompts": 20, "batch": 4, "epochs": [1, 4]},
     },
 )

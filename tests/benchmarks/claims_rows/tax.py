@@ -51,7 +51,7 @@ MEASUREMENT = Measurement(
     run,
     {
         "whole": {"kl_factors": [1, 3, 10, 30, 100], "ptx_coefs": [0.1, 3, 10], "samples": 8},
-        "quick": {"kl_factors": [1, 10, 100], "ptx_coefs": [10], "samples": 4},
+        "quick": {"kl_factors": [1, 10, 100], "ptx_coefs": [10], "samples": 2},
         "micro": {"kl_factors": [1], "ptx_coefs": [], "samples": 2},
     },
 )
