@@ -46,7 +46,12 @@ def load_policy(folder: Path, *, attn_implementation: str = "sdpa", trust_remote
 
 
 def new_reward_model(
-    folder: Path, *, seed: int, attn_implementation: str = "sdpa", trust_remote_code: bool = False
+    folder: Path,
+    *,
+    seed: int,
+    zero_head: bool = False,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a policy with a new scalar head `score` in place of its unembedding (InstructGPT §3.5).
 
@@ -56,6 +61,7 @@ def new_reward_model(
     Args:
         folder: Of the policy.
         seed: Of the head's weights.
+        zero_head: Whether the head starts at zero, so that every response scores 0 at first.
         attn_implementation: transformers' attention kernel.
         trust_remote_code: Whether code that the model brings may run.
 
@@ -75,14 +81,27 @@ def new_reward_model(
         weights = weights_folder(folder)
         model = prepare(from_pretrained(AutoModelForSequenceClassification, weights, num_labels=1, **options))
         if (problem := draw_head(model, seed)) is None:
-            return with_adapter_of(model, folder)
+            return with_adapter_of(with_first_head(model, zero_head), folder)
         if is_remote(model):
             raise UserError(f"{folder}: this model's code cannot be made a reward model ({problem}); use dpo")
     model = prepare(load_own_scalar_model(weights_folder(folder), config, **options)[0])
     if (problem := draw_head(model, seed)) is not None:
         what = f"this {config.model_type} model cannot be made a reward model ({problem})"
         raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
-    return with_adapter_of(model, folder)
+    return with_adapter_of(with_first_head(model, zero_head), folder)
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the scalar head of a reward model; None if its class has none of the known names."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)
+
+
+def with_first_head(model: nn.Module, zero_head: bool) -> nn.Module:
+    """Return a new reward model whose head, which was drawn, is set to zero if asked for."""
+    head = head_of(model)
+    if zero_head and isinstance(head, nn.Linear):
+        nn.init.zeros_(head.weight)
+    return model
 
 
 def draw_head(model: nn.Module, seed: int) -> str | None:
@@ -91,7 +110,7 @@ def draw_head(model: nn.Module, seed: int) -> str | None:
     Returns:
         Why the model cannot be a reward model, or None if it can.
     """
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head = head_of(model)
     if isinstance(head, nn.Linear):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, app. C.1)

@@ -49,6 +49,12 @@ class RMSettings(PreferenceTraining):
         "per step",
         gt=0,
     )
+    head_init: Literal["normal", "zero"] = setting(
+        "normal",
+        "how the scalar head starts. normal: drawn, of variance 1 / (width + 1) (Stiennon 2020); zero: every response "
+        "scores 0 at first, which is better where a model sees few rankings, as they do not first have to undo a "
+        "random head (members of an ensemble differ by the order of rankings alone then)",
+    )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce", "davidson", "davidson_luce"] = setting(
         "sigmoid",
@@ -114,6 +120,8 @@ def check(experiment: "Experiment") -> list[str]:
     lines = [own_names(line) for line in over_context(with_own_base(experiment), "rm")]
     lines, settings = lines + stage_problems(experiment, "rm"), experiment.rm
     lines += start_problems(experiment, "rm", settings.start_from)
+    if settings.start_from is not None and "head_init" in settings.model_fields_set:
+        lines.append("rm.head_init: has no effect with rm.start_from, which brings its head; leave one of them out")
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):
