@@ -17,6 +17,7 @@ import torch
 from micro_chain import watch_fit, write_rows
 
 from data.records import Ranking, prompt_key
+from pipeline.errors import UserError
 from stages import rm
 from stages.models.ensemble_folder import others_of
 from stages.settings.policies import reward_models
@@ -296,6 +297,23 @@ def test_whole_orders_and_the_best_model(chain, tmp_path):
     assert plain.largest_difference(published, models[best]) < 1e-3
     assert plain.largest_difference(published, models[4]) > 1e-2
     assert finished.figures["accuracy"] == pytest.approx(evaluations[best]["accuracy"])
+
+
+def test_a_head_that_starts_at_zero(chain, tmp_path):
+    """Every pair is a toss-up at first; then the steps are those of the second route."""
+    choices = STEPS | {"learning_rate": 5e-3, "head_init": "zero", "keep": "last"}
+    finished, (training,), (train, validation), settings = run_rm(chain, tmp_path / "rm", choices)
+    rows = finished.rows("metrics.jsonl")
+    assert rows[0]["margin"] == 0 and 0.6 < rows[0]["loss"] < math.log(2)  # log 2 a pair; what is tied counts 0
+    _, expected, _, models = train_again(chain, settings, training, train, validation)
+    for row, again in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(again["loss"], rel=1e-3)
+    assert plain.largest_difference(plain.scalar_model(finished.folder / "model"), models[4]) < 1e-3
+    with pytest.raises(UserError) as error:
+        chain.experiment("rm.head_init=zero", f"rm.start_from={finished.folder / 'model'}")
+    assert any("rm.head_init: has no effect with rm.start_from" in line for line in error.value.lines), (
+        error.value.lines
+    )
 
 
 def test_the_bias_is_over_the_requested_number_of_demonstrations_that_fit(chain, tmp_path):

@@ -226,8 +226,10 @@ ROWS = (
         "preferences-ppo-by-judge",
         PART,
         "PPO-ptx on real preferences beats SFT by a judge that it did not climb.",
-        "InstructGPT (Ouyang 2022), section 4.1",
-        "Labelers whose rankings trained nothing prefer PPO-ptx to SFT about as often as those of training do.",
+        "Bai 2022, section 4.2; InstructGPT (Ouyang 2022), section 4.1 and figure 3",
+        "With preferences split in halves, a policy that is trained on one preference model gains by the other as "
+        "well, and less so in the end; labelers whose rankings trained nothing rank models much as those of training "
+        "do.",
         MEASUREMENT,
         over_sft("ppo"),
         plots("ppo"),
@@ -238,8 +240,8 @@ ROWS = (
         PART,
         "DPO on real preferences beats SFT by a judge whose rankings it did not learn from.",
         "DPO (Rafailov 2023), section 6.2",
-        "On dialogues of hh-rlhf, DPO's answers win against the preferred ones of the data set more often than those "
-        "of the other methods, by GPT-4.",
+        "On single-turn dialogues of hh-rlhf, DPO is the only cheap method whose answers beat the preferred ones of "
+        "the data set, by GPT-4; best of 128 does about as well.",
         MEASUREMENT,
         over_sft("dpo"),
         plots("dpo"),
@@ -249,9 +251,9 @@ ROWS = (
         "preferences-climbed-overrates",
         PART,
         "The reward model that PPO climbed overrates it, beside one of other rankings.",
-        "Eisenstein 2023 (helping or herding?); Gao 2023",
-        "Reward models that are equally good on held-out pairs disagree on what was optimised against one of them: "
-        "alignment to one raises the score by another less, or not at all.",
+        "Bai 2022, section 4.2; Eisenstein 2023 (helping or herding?); Gao 2023",
+        "Optimised against one preference model, a policy's score by another, of other data, lags behind and may "
+        "fall: alignment to one raises the score by another less, or not at all.",
         MEASUREMENT,
         (
             Figure("wins of PPO-ptx against SFT: by the climbed reward model − by the judge", overrated("ppo"),

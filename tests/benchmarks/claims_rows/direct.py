@@ -109,7 +109,7 @@ ROWS = (
         "dpo-over-steps",
         PART,
         "Trained for longer, DPO loses gold again.",
-        "Rafailov 2024 (scaling laws for over-optimisation in direct alignment)",
+        "Rafailov 2024 (scaling laws for over-optimisation in direct alignment), figure 2",
         "Quality often falls before a single epoch is over, most where β is small.",
         MEASUREMENT,
         (

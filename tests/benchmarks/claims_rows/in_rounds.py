@@ -58,8 +58,9 @@ ROWS = (
         "rounds-over-once",
         "Collecting labels in rounds",
         "Labels on answers of the newest policy are worth more than as many at once.",
-        "Bai 2022, section 4.5 (iterated online RLHF)",
-        "Policies trained on data of several rounds are preferred to those trained on static data of equal size.",
+        "Bai 2022, section 4.5 (iterated online RLHF) and figure 16",
+        "At equal size and settings, a policy trained on a mixture of data from rounds is preferred to one trained on "
+        "the first round's data alone.",
         MEASUREMENT,
         (Figure("gold: last round − at once", gain, Rule(nothing=SAME, enough=SAME)),),
         plots,

@@ -221,9 +221,9 @@ ROWS = (
         "people-over-chance",
         PART,
         "A reward model learns from a few hundred prompts which answer people prefer.",
-        "Bai 2022 (hh-rlhf), section 3; Stiennon 2020",
-        "Reward models tell more often than chance which of two answers a person preferred, and the more often the "
-        "more data they have: tens of thousands of comparisons and more.",
+        "Bai 2022 (hh-rlhf), section 3; Stiennon 2020, section 4.3",
+        "Reward models predict people's choices better than chance, and the better the more data they have, from "
+        "8,000 comparisons on.",
         MEASUREMENT,
         over_chance("pairs"),
         plots("pairs"),
@@ -247,8 +247,8 @@ ROWS = (
         PART,
         "It learns an AI's rankings of several answers as well.",
         "Cui 2023 (UltraFeedback)",
-        "Reward models trained on a language model's ratings of four answers to a prompt agree with people's "
-        "preferences in other data.",
+        "A reward model trained only on GPT-4's ratings of four answers to a prompt predicts people's preferences in "
+        "other data sets.",
         MEASUREMENT,
         over_chance("rankings"),
         plots("rankings"),
@@ -260,7 +260,8 @@ ROWS = (
         PART,
         "On an AI's rankings it knows more than that the longer answer wins.",
         "Dubois 2024 (length-controlled AlpacaEval)",
-        "A language model that judges answers prefers longer ones, so that win rates rise with length alone.",
+        "A language model that judges answers prefers longer ones: one model's win rate goes from 23 to 64 % by "
+        "asking it to be concise or detailed.",
         MEASUREMENT,
         over_length("rankings"),
         plots("rankings"),

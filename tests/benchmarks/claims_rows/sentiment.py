@@ -109,8 +109,9 @@ ROWS = (
         "sentiment-gold",
         PART,
         "A reward model of noisy rankings is enough for PPO-ptx to make a real model more positive.",
-        "Ziegler 2019; InstructGPT (Ouyang 2022)",
-        "Fine-tuned on rewards learnt from comparisons, GPT-2's continuations are preferred to its own by most people.",
+        "Ziegler 2019",
+        "GPT-2 that is fine-tuned on rewards learnt from 5,000 comparisons is preferred to the model that it starts "
+        "from in most comparisons.",
         MEASUREMENT,
         (
             Figure("gold: PPO-ptx − SFT", minus(own("ppo", "gold"), own(SFT, "gold")), Rule(nothing=SAME, enough=SAME)),

@@ -140,7 +140,8 @@ ROWS = (
         PART,
         "The pretraining gradient γ brings back what PPO forgets, at little reward.",
         SOURCE,
-        "A large enough γ reverses the regressions on SQuADv2 and DROP at a small loss of reward.",
+        "A large enough γ reverses the regressions on SQuADv2 and DROP at a small loss of reward; the final models "
+        "still lag GPT-3 on some tasks.",
         MEASUREMENT,
         (
             Figure(
@@ -169,7 +170,8 @@ ROWS = (
         PART,
         "No KL penalty β brings back what PPO forgets.",
         SOURCE,
-        "Regressions stay although β is raised to 100 times its default, and reward is lost.",
+        "At 1.3B, regressions stay although β is raised to 100 times its default, and reward is lost; the reference "
+        "of its KL was the pretrained model.",
         MEASUREMENT,
         (
             Figure("perplexity: the best β − SFT", least_over_kl("sft"), Rule(nothing=0.05, enough=0.1), 2),

@@ -77,7 +77,7 @@ ROWS = (
         PART,
         "Relabelling samples by their score, in rounds, does better than PPO.",
         "Lu 2022 (Quark); Zhang 2023 (hindsight instruction relabelling)",
-        "Both report better results than PPO, without its machinery.",
+        "The first reports better results than PPO, the second than its baselines; neither needs a value model.",
         MEASUREMENT,
         (Figure("gold: hindsight − PPO", minus(gold("hindsight"), gold("ppo")), Rule(nothing=SAME, enough=SAME)),),
         plots,
