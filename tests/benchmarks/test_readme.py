@@ -1,10 +1,16 @@
-"""Check that every ratio in README.md is a line of results/, and of a fair comparison."""
+"""Check that figures of the READMEs are lines of results/, and ratios those of fair comparisons."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the benchmarks are programs, not a package
+
+import claims
+import demo_seeds
 
 HERE = Path(__file__).resolve().parent
 RATIO = re.compile(r"(\d+\.\d+) \((\d+\.\d+)\s+to\s+(\d+\.\d+)\)")
@@ -62,3 +68,29 @@ def test_the_coverage_table_has_the_figures_of_the_lines():
     assert sorted(cells) == sorted(expected)
     (commit,) = {line["commit"] for line in lines("coverage")}
     assert f"commit {commit}" in section
+
+
+def cells(table: str) -> list[list[str]]:
+    """Return the cells of a Markdown table without its rule and padding."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [row for row in rows if not all(set(cell) <= {"-"} and cell for cell in row)]
+
+
+def tables_after(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading of tests/README.md."""
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    section = text.partition("\n## ")[0]
+    return cells("\n".join(line for line in section.splitlines() if line.startswith("|")))
+
+
+def test_verdicts_are_those_of_the_published_rows():
+    rows = json.loads((HERE / "results" / "claims.json").read_text(encoding="utf-8"))
+    ran = [row for row in rows if row["verdict"] != "not run"]
+    assert tables_after("What the papers claim") == cells(claims.published_table(rows)) and len(ran) >= 3
+    for row in ran:
+        assert not row["quick"] and len(row["seeds"]) >= 3 and row["commit"] and "+" not in row["commit"]
+
+
+def test_the_demo_over_seeds_is_that_of_its_lines():
+    expected = [row for row in cells(demo_seeds.table(lines("demo_seeds"))) if row[0] != "seconds, all stages"]
+    assert tables_after("The demo over seeds") == expected
