@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the benchmarks are p
 
 import claims
 import demo_seeds
+from sweeps.text import with_interval
 
 HERE = Path(__file__).resolve().parent
 RATIO = re.compile(r"(\d+\.\d+) \((\d+\.\d+)\s+to\s+(\d+\.\d+)\)")
@@ -89,6 +90,20 @@ def test_verdicts_are_those_of_the_published_rows():
     assert tables_after("What the papers claim") == cells(claims.published_table(rows)) and len(ran) >= 3
     for row in ran:
         assert not row["quick"] and len(row["seeds"]) >= 3 and row["commit"] and "+" not in row["commit"]
+
+
+def test_verdicts_of_the_readme_are_those_of_published_rows():
+    """Each difference is the main figure of a row, with its verdict and its commit."""
+    text = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("`make claims` measures")[2].partition("```")[0]
+    told = [tuple(line.strip("|").split("|")[1:]) for line in section.splitlines() if line.startswith("|")][2:]
+    rows = json.loads((HERE / "results" / "claims.json").read_text(encoding="utf-8"))
+    known = {
+        (with_interval(row["figures"][0], row["figures"][0]["digits"]), row["verdict"]): row["commit"]
+        for row in rows
+        if row["verdict"] != "not run"
+    }
+    assert len(told) >= 3 and set(told) <= set(known) and all(known[one] in section for one in told)
 
 
 def test_the_demo_over_seeds_is_that_of_its_lines():
