@@ -31,7 +31,7 @@ from stages.evaluation.statistics import agreement_figures, prompt_of, share_of_
 from stages.models.loading import load_policy, load_tokenizer
 from stages.rollouts.engine import EngineLost, SampleRequest
 from stages.rollouts.frozen import FrozenSampler
-from stages.scorers.labels import ToRank, rank_by_scorers, scorers_of, with_noise
+from stages.scorers.labels import ToRank, finished_only, rank_by_scorers, rank_some, scorers_of, with_noise
 from stages.scorers.scorer import ScorerSpec
 from stages.settings.experiment import Experiment
 from stages.settings.policies import judge_share
@@ -162,11 +162,12 @@ def run(ctx: StageRun[RankingsSettings, Experiment]) -> dict:
     further = responses.part(count, len(responses.prompts))
     if further.prompts:
         labelers_of = [settings.labelers_per_prompt] * len(further.prompts)
-        ranked = rank_all(further, utilities_of(world, further), labelers_of, figures["noise"], session.seed, count)
-        sides["judge"] = [judged_part(row, settings) for _, row in ranked]
+        judged, noise = judged_of(further, settings), figures["noise"]
+        ranked = rank_all(further, utilities_of(world, further), judged, labelers_of, noise, session.seed, count)
+        sides["judge"] = [row for _, row in ranked]
         session.say(f"{len(further.prompts)} further prompts are ranked to train a judge")
     for name, some in sides.items():
-        refuse_no_pair(name, len(some), sum(usable_pairs(row) for row in some))
+        refuse_no_pair(name, len(some), sum(usable_pairs(row) for row in some), responses.unfinished_share)
         write_jsonl(ctx.publish / f"{name}.jsonl", some)
     return {
         "rankings": len(rows),
@@ -191,30 +192,20 @@ def warn_of_cut_off(responses: SampledResponses, settings: RankingsSettings, ses
     """
     if responses.unfinished_share > MANY_UNFINISHED:
         remedy = "raise rankings.response_length"
-        if settings.rank_unfinished:
+        if ranks_unfinished(settings):
             remedy += ", or set rankings.rank_unfinished=false"
         session.say(f"{responses.unfinished_share:.0%} of the responses were cut off; {remedy}")
 
 
-def judged_part(ranking: Ranking, settings: RankingsSettings) -> Ranking:
-    """Return a ranking with what of it is published as judged.
+def ranks_unfinished(settings: RankingsSettings) -> bool:
+    """Return whether labelers rank responses that were cut off."""
+    return settings.rank_unfinished is not False
 
-    Args:
-        ranking: A ranking of finished and unfinished responses.
-        settings: The section rankings: without `rank_unfinished`, a response that was cut off has
-            neither rank nor score.
-    """
-    if settings.rank_unfinished or all(ranking.finished):
-        return ranking
-    kept = [rank for rank, ended in zip(ranking.ranks, ranking.finished, strict=True) if ended]
-    ranks = [
-        1 + sum(other < rank for other in kept) if ended else None  # the best of the rest is rank 1
-        for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)
-    ]
-    scores = ranking.scores and tuple(
-        score if ended else None for score, ended in zip(ranking.scores, ranking.finished, strict=True)
-    )
-    return dataclasses.replace(ranking, ranks=tuple(ranks), scores=scores)
+
+def judged_of(responses: SampledResponses, settings: RankingsSettings) -> list[list[int]]:
+    """Return for each prompt the indices of the responses that labelers rank."""
+    every = ranks_unfinished(settings)
+    return [[k for k, ended in enumerate(row) if ended or every] for row in responses.finished]
 
 
 # -- rankings by scorers -------------------------------------------------------------------------
@@ -262,6 +253,8 @@ def publish_by_scorers(
     poll = session.interrupt(0, 0, lambda: None)
     rankings = rank_by_scorers(scorer, prompts, tokenizer, settings.tie_within or 0.0, poll)
     scorer.close()
+    if not ranks_unfinished(settings):
+        rankings = [finished_only(one) for one in rankings]
     keys = {  # wordings of one row are on one side
         prompt_key(prompt): prompt_key(row.get("row_text") or prompt)
         for prompt, row in zip(responses.prompts, responses.rows, strict=True)
@@ -272,8 +265,6 @@ def publish_by_scorers(
     if settings.scorer_agreement is not None:
         counts = [2 if s == kept_rankings.VALIDATION else settings.labelers_per_prompt for s in split.sides]
         by_prompt, figures = with_noise(rankings, counts, settings.scorer_agreement, session.seed)
-    by_prompt = [[judged_part(one, settings) for one in some] for some in by_prompt]
-    if settings.scorer_agreement is not None:
         held = [(i, one) for i in np.flatnonzero(split.sides == kept_rankings.VALIDATION) for one in by_prompt[i]]
         scores = [np.array([rankings[i].scores], float) for i, _ in held]  # labelers differ in their noise alone
         rows = [one for _, one in held]
@@ -286,10 +277,10 @@ def publish_by_scorers(
     for name, side in sides.items():
         published[name] = [one for i in np.flatnonzero(split.sides == side) for one in by_prompt[i]]
         own_pairs = sum(map(usable_pairs, published[name]))
-        refuse_no_pair(name, len(published[name]), own_pairs)
+        refuse_no_pair(name, len(published[name]), own_pairs, responses.unfinished_share)
         pairs += own_pairs
         write_jsonl(ctx.publish / f"{name}.jsonl", published[name])
-    every = [score for ranking in rankings for score in ranking.scores or ()]
+    every = [score for ranking in rankings for score in ranking.scores or () if score is not None]
     return {
         "rankings": sum(map(len, published.values())),
         "pairs": pairs,
@@ -330,10 +321,11 @@ def simulate(
     Returns:
         The rankings, and figures for the manifest.
     """
-    prompts, answers = responses.prompts, responses.answers
-    utilities = utilities_of(world, responses)
+    prompts, utilities, judged = responses.prompts, utilities_of(world, responses), judged_of(responses, settings)
+    ranked_utilities = [utility[:, own] for utility, own in zip(utilities, judged, strict=True)]
+    ranked_answers = [[row[k] for k in own] for row, own in zip(responses.answers, judged, strict=True)]
     try:
-        noise = labelers.calibrate_noise(utilities, answers, settings.agreement)
+        noise = labelers.calibrate_noise(ranked_utilities, ranked_answers, settings.agreement)
     except ValueError as problem:
         # The responses of a poor SFT model hardly differ in quality, so only taste is left to
         # disagree on.
@@ -343,15 +335,15 @@ def simulate(
     keys = request_keys(world, prompts, session.seed)
     validation = set(held_out(keys, settings.validation_fraction)[1])
     labelers_of = [2 if i in validation else settings.labelers_per_prompt for i in range(len(prompts))]
-    ranked_rows = rank_all(responses, utilities, labelers_of, noise, session.seed)
-    ranked, rows = [i for i, _ in ranked_rows], [judged_part(row, settings) for _, row in ranked_rows]
+    ranked_rows = rank_all(responses, utilities, judged, labelers_of, noise, session.seed)
+    ranked, rows = [i for i, _ in ranked_rows], [row for _, row in ranked_rows]
     held = [at for at, i in enumerate(ranked) if i in validation]
     rows_held = [rows[at] for at in held]
     tasks = [str(world.task(row.prompt)) for row in rows_held]
     return rows, {
         "noise": noise,
         "unfinished": responses.unfinished_share,
-        "expected_agreement": labelers.expected_agreement(utilities, answers, noise),
+        "expected_agreement": labelers.expected_agreement(ranked_utilities, ranked_answers, noise),
         **ceiling_figures([utilities[ranked[at]] for at in held], rows_held, tasks, noise),
     }
 
@@ -400,6 +392,7 @@ def utilities_of(world: World, responses: SampledResponses) -> list[np.ndarray]:
 def rank_all(
     responses: SampledResponses,
     utilities: Sequence[np.ndarray],
+    judged: Sequence[Sequence[int]],
     labelers_of: Sequence[int],
     noise: float,
     seed: int,
@@ -410,6 +403,7 @@ def rank_all(
     Args:
         responses: SFT's responses to P prompts.
         utilities: What each labeler thinks of them, as of `utilities_of`.
+        judged: Indices of the responses to each prompt that are ranked.
         labelers_of: The number of labelers who rank each prompt, (P,).
         noise: The temperature of their noise.
         seed: The experiment's seed.
@@ -424,7 +418,7 @@ def rank_all(
         chooser = random.Random(derive_seed(seed, "labeler", number))
         for k in chooser.sample(range(len(labelers.LABELERS)), labelers_of[i]):
             rng = np.random.default_rng(derive_seed(seed, "rank", number, k))
-            ranks = tuple(int(rank) for rank in labelers.rank(utilities[i][k], noise, rng, responses.answers_to(i)))
+            ranks = rank_some(utilities[i][k], judged[i], noise, rng, responses.answers_to(i))
             name = labelers.LABELERS[k].name
             texts, ended = tuple(responses.texts[i]), tuple(responses.finished[i])
             rows.append((i, Ranking(f"{number:05d}-{name}", prompt, texts, ranks, name, finished=ended)))

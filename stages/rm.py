@@ -152,7 +152,9 @@ def run(ctx: StageRun[RMSettings, Experiment]) -> dict:
         # 1 the policy's trunk, or that of a base of its own; a new scalar head
         seed = member_seed(ctx.seed, k)
         start = None if name in (JUDGE, HELD_OUT) else config.start_from  # these owe earlier rounds nothing
-        make = partial(make_model, source, runtime, adapter_settings(provenance.model), seed, start, config.head_init)
+        make = partial(
+            make_model, source, runtime, adapter_settings(provenance.model), seed, start, config.head_init == "zero"
+        )
         model = place_model(make, runtime, config.max_length, compiling_of(runtime, session))
         groups = data.judge if name == JUDGE else data.groups
         ties = tie_model(config, [config.loss_type], groups, data.all_groups(), runtime.accelerator.device, model)
@@ -399,7 +401,7 @@ def make_model(
     adapter: AdapterSettings,
     seed: int,
     start: str | None = None,
-    head_init: str = "normal",
+    zero_head: bool = False,
 ) -> nn.Module:
     """Return an untrained reward model: the policy's trunk, a new scalar head, an adapter if any.
 
@@ -409,7 +411,7 @@ def make_model(
         adapter: As `adapter_settings` gives it.
         seed: Seed of the head and the adapter.
         start: The folder of a reward model to start from instead; None: none.
-        head_init: How a new head starts, as in the settings.
+        zero_head: Whether a new head starts at zero.
 
     Raises:
         UserError: That folder is of another tokenizer.
@@ -420,7 +422,7 @@ def make_model(
         model = load_scalar_model(folder, **runtime.load_options())
         model.config.reward_bias = 0.0  # another one is measured at the end
         return model
-    model = new_reward_model(source, seed=seed, zero_head=head_init == "zero", **runtime.load_options())
+    model = new_reward_model(source, seed=seed, zero_head=zero_head, **runtime.load_options())
     return with_adapter(model, adapter, scalar=True, seed=seed)
 
 

@@ -4,7 +4,7 @@ So `rm` and `dpo` can be trained without people: a rule, a function, a server, a
 reward model ranks what SFT samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,6 +91,45 @@ def rank_by_scorers(
     return rankings
 
 
+def finished_only(ranking: Ranking) -> Ranking:
+    """Return a ranking of the finished responses; the others have neither rank nor score.
+
+    Args:
+        ranking: A ranking of all responses.
+    """
+    kept = [rank for rank, ended in zip(ranking.ranks, ranking.finished, strict=True) if ended and rank is not None]
+    ranks = [
+        1 + sum(other < rank for other in kept) if ended and rank is not None else None
+        for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)
+    ]
+    scores = ranking.scores and tuple(
+        score if ended else None for score, ended in zip(ranking.scores, ranking.finished, strict=True)
+    )
+    return replace(ranking, ranks=tuple(ranks), scores=scores)
+
+
+def rank_some(
+    utilities: np.ndarray, judged: Sequence[int], noise: float, rng: np.random.Generator, answers: Sequence[Hashable]
+) -> tuple[int | None, ...]:
+    """Let a labeler rank some of the responses to a prompt.
+
+    Args:
+        utilities: What the labeler thinks of each response, (K,).
+        judged: Indices of the responses that are ranked.
+        noise: The temperature of the labeler's noise.
+        rng: Draws it.
+        answers: The K responses; equal ones get equal ranks.
+
+    Returns:
+        K ranks; None: not judged.
+    """
+    if not judged:
+        return (None,) * len(answers)
+    ranks = labelers.rank(utilities[list(judged)], noise, rng, [answers[i] for i in judged])
+    placed = dict(zip(judged, map(int, ranks), strict=True))
+    return tuple(placed.get(i) for i in range(len(answers)))
+
+
 def with_noise(
     rankings: Sequence[Ranking], counts: Sequence[int], agreement: float, seed: int
 ) -> tuple[list[list[Ranking]], dict[str, float]]:
@@ -100,7 +139,8 @@ def with_noise(
     that two labelers agree on as many pairs as asked.
 
     Args:
-        rankings: Rankings of the responses to each prompt by their scores.
+        rankings: Rankings of the responses to each prompt by their scores. Responses without a rank
+            are not judged by labelers either, and do not count in their agreement.
         counts: The number of labelers who rank each prompt.
         agreement: How often two labelers agree on a pair of different responses.
         seed: The experiment's seed.
@@ -113,8 +153,10 @@ def with_noise(
     Raises:
         UserError: Labelers cannot agree so often, as too many responses have the same score.
     """
-    seen = [np.array([one.scores, one.scores], float) for one in rankings]  # by any two labelers, of one taste
-    answers = [one.answers for one in rankings]
+    judged = [[i for i, rank in enumerate(one.ranks) if rank is not None] for one in rankings]
+    # as any two labelers see them, who are of one taste
+    seen = [np.array([[one.scores[i] for i in own]] * 2, float) for one, own in zip(rankings, judged, strict=True)]
+    answers = [[one.answers[i] for i in own] for one, own in zip(rankings, judged, strict=True)]
     try:
         noise = labelers.calibrate_noise(seen, answers, agreement)
     except ValueError as problem:
@@ -126,9 +168,9 @@ def with_noise(
         by_labeler = []
         for k in range(count):
             rng = np.random.default_rng(derive_seed(seed, "rank", index, k))
-            ranks = labelers.rank(seen[index][0], noise, rng, answers[index])
+            ranks = rank_some(np.array(one.scores, float), judged[index], noise, rng, one.answers)
             name = f"labeler {k + 1}"
-            by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=tuple(ranks), labeler=name, scores=None))
+            by_labeler.append(replace(one, id=f"{one.id}-{k + 1}", ranks=ranks, labeler=name, scores=None))
         noisy.append(by_labeler)
     equal = [own[0][i] == own[0][j] for own, texts in zip(seen, answers, strict=True) for i, j in labelers.pairs(texts)]
     return noisy, {

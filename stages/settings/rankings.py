@@ -59,10 +59,10 @@ class RankingsSettings(Section):
         ge=1,
         le=5,
     )
-    rank_unfinished: bool = setting(
-        True,
-        "rank responses that were cut off at response_length too; false: they are not judged (rank null), so that the "
-        "reward model does not learn first to tell them from the others, which ppo.missing_eos_score does already",
+    rank_unfinished: bool | None = setting(
+        None,
+        "whether labelers rank responses that were cut off at response_length too. false: they are not judged (rank "
+        "null), and no model learns from them; ppo.missing_eos_score says what they are worth. null: true",
     )
     batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
     scorer: list[Scorer] | None = setting(
@@ -131,6 +131,8 @@ def scorer_lines(experiment: "Experiment") -> list[str]:
             if getattr(settings, key) is not None
         ]
     lines = scorer_problems("rankings.scorer", settings.scorer)
+    if settings.scorer_agreement is None and settings.labelers_per_prompt > 1:
+        lines.append("rankings.labelers_per_prompt: a scorer without scorer_agreement ranks a prompt once; set it to 1")
     if "agreement" in settings.model_fields_set:
         lines.append(
             "rankings.agreement: is that of the embedded world's labelers; beside rankings.scorer set scorer_agreement"

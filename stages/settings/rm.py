@@ -44,16 +44,16 @@ class RMSettings(PreferenceTraining):
     )
     head_learning_rate: float | None = setting(
         None,
-        "peak learning rate of the scalar head, which starts random and has much to learn from few rankings; null: "
+        "peak learning rate of the scalar head, which is new and has much to learn from few rankings; null: "
         "learning_rate",
         "per step",
         gt=0,
     )
-    head_init: Literal["normal", "zero"] = setting(
-        "normal",
-        "how the scalar head starts. normal: drawn, of variance 1 / (width + 1) (Stiennon 2020); zero: every response "
-        "scores 0 at first, which is better where a model sees few rankings, as they do not first have to undo a "
-        "random head (members of an ensemble differ by the order of rankings alone then)",
+    head_init: Literal["normal", "zero"] | None = setting(
+        None,
+        "how a new scalar head starts. normal: drawn, of variance 1 / (width + 1) (Stiennon 2020); zero: every "
+        "response scores 0 at first, so that a few dozen steps do not have to undo a random head first. Members of an "
+        "ensemble then differ by the order of their rankings, and by their adapters if they have any. null: normal",
     )
     gradient_accumulation_steps: int = setting(2, f"{ACCUMULATION} (the paper: 64 prompts per step)", ge=1)
     loss_type: Literal["sigmoid", "plackett_luce", "davidson", "davidson_luce"] = setting(
@@ -87,8 +87,8 @@ class RMSettings(PreferenceTraining):
     )
     start_from: str | None = setting(
         None,
-        "folder of a reward model that training starts from, head and all, such as the last round's; null: SFT with a "
-        "new head",
+        "folder of a reward model that training starts from, head and all, such as the last round's (models that only "
+        "judge start as without it); null: SFT with a new head",
     )
     bias_demonstrations: int = setting(256, "number of demonstrations whose mean score is shifted to 0", "rows", ge=1)
     peft: StagePeft = peft_setting()
@@ -120,8 +120,6 @@ def check(experiment: "Experiment") -> list[str]:
     lines = [own_names(line) for line in over_context(with_own_base(experiment), "rm")]
     lines, settings = lines + stage_problems(experiment, "rm"), experiment.rm
     lines += start_problems(experiment, "rm", settings.start_from)
-    if settings.start_from is not None and "head_init" in settings.model_fields_set:
-        lines.append("rm.head_init: has no effect with rm.start_from, which brings its head; leave one of them out")
     if settings.loss_type != "sigmoid":
         for key in ("label_smoothing", "margin_coef"):
             if getattr(settings, key):

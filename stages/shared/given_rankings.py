@@ -155,21 +155,28 @@ def split_read(read: Read, shares: Shares, session: Session) -> Split:
     return split
 
 
-def refuse_no_pair(name: str, rankings: int, pairs: int) -> None:
+def refuse_no_pair(name: str, rankings: int, pairs: int, unfinished: float | None = None) -> None:
     """Raise UserError if a split has no usable pair.
 
     Args:
         name: The split.
         rankings: The number of its rankings.
         pairs: The number of its usable pairs.
+        unfinished: The share of responses that were cut off, where they were sampled; None: people
+            ranked (data.rankings).
     """
-    if not pairs:
-        raise UserError(
-            [
-                f"data.rankings: the {name} split ({rankings} rankings) has no usable pair; add rankings, or "
-                f"change rankings.{'judge' if name == 'judge' else 'validation'}_fraction"
-            ]
+    if pairs:
+        return
+    where, remedy = "data.rankings", "add rankings"
+    if unfinished is not None:
+        where = "rankings"
+        remedy = (
+            f"raise rankings.num_prompts, or rankings.response_length ({unfinished:.0%} of the responses were cut off)"
         )
+    fraction = f"rankings.{'judge' if name == 'judge' else 'validation'}_fraction"
+    raise UserError(
+        [f"{where}: the {name} split ({rankings} rankings) has no usable pair; {remedy}, or change {fraction}"]
+    )
 
 
 def with_progress(rows: Iterable[Item], session: Session, count: int | None) -> Iterator[Item]:

@@ -12,8 +12,9 @@ Seeds are shared by as many processes as there are cores (--workers), each with 
 they print is in claims/logs/. A measurement that is finished on a seed is kept (claims/measured/),
 with a digest of its settings, and is not run again; one that was interrupted goes on with what its
 stages have finished. Writes claims/index.html and claims/claims.json, those of --quick in
-claims/quick/. `--keep` also writes results/claims.json: the rows that are finished at their whole
-size on every seed, and the others as not run, so a whole run may be spread over several nights.
+claims/quick/. `--keep` also writes results/claims.json: the rows that are finished at their
+whole size on every seed, and those that it has from earlier runs with the settings and rules of
+today. So a whole run may be spread over several nights, and over several machines.
 Settings were chosen on seeds 0 to 2, and other benchmarks have shown seeds up to 7, so a whole run
 reports 11 to 15. --size micro runs everything with a model of a few thousand parameters, in
 minutes, to show that it runs.
@@ -35,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, not an installed copy
 
 from claims_rows.catalogue import ROWS, SIZES, measurements
-from claims_rows.kept import Kept, kept_of, measure
+from claims_rows.kept import Kept, kept_of, measure, settings_of
 from claims_rows.page import Entry, ours_text, page
 from claims_rows.row import Measurement, Place, Row, derived, finding_of
 from claims_rows.verdicts import FEWEST_SEEDS, NOT_RUN
@@ -72,7 +73,9 @@ def parse(argv: list[str]) -> Namespace:
         "--share-of-seeds", action="store_true", help=SUPPRESS
     )  # --seeds is a process's share of the size's
     parser.add_argument(
-        "--keep", action="store_true", help="also write results/claims.json: the rows finished at their whole size"
+        "--keep",
+        action="store_true",
+        help="also write results/claims.json: rows finished at their whole size, beside those of earlier runs",
     )
     args = parse_arguments(parser, argv)
     args.size = "quick" if args.quick else args.size
@@ -257,7 +260,7 @@ def entry_of(args: Namespace, row: Row) -> Entry:
         commit=", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records.values())),
         date=max((record["date"] for record in records.values()), default=""),
         failed="; ".join(failed),
-        digest=integrity.sha256_json({str(seed): file.digest for seed, file in files.items()}),
+        digest=digest_of(args, row.measurement, list(records)),
     )
 
 
@@ -286,37 +289,59 @@ def write(args: Namespace, entries: Sequence[Entry]) -> None:
     print(markdown(["row", "ours, 95 % interval", "verdict"], lines))
     print(f"\npage: {relative(args.folder / 'index.html')}")
     if args.keep:
-        print(keep(args.results / "claims.json", entries))
+        print(keep(args, entries))
 
 
-def keep(file: Path, entries: Sequence[Entry]) -> str:
+def keep(args: Namespace, entries: Sequence[Entry]) -> str:
     """Publish the rows that are finished at their whole size; leave what earlier runs published.
 
+    An earlier row stays where this run has not finished it, if it was measured with the settings of
+    today and judged by the rules of today. Otherwise it is taken out, and named.
+
     Args:
-        file: The published file. An earlier row stays where this run has not finished it, if it was
-            measured with the settings of today.
+        args: The command line.
         entries: All rows, with what was found for them.
 
     Returns:
-        A line that says how many rows are finished, or stay.
+        Lines that say what was done.
     """
+    file = args.results / "claims.json"
     earlier = {row["row"]: row for row in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
     rows, finished, stay = [], 0, 0
     for entry in entries:
-        before = earlier.get(entry.row.key)
+        before = earlier.pop(entry.row.key, {"verdict": NOT_RUN})
         if not entry.quick and not entry.failed:
             rows.append(as_row(entry))
             finished += 1
-        elif before is not None and before["verdict"] != NOT_RUN and before["digest"] == entry.digest:
-            rows.append(before)
+        elif before["verdict"] != NOT_RUN and is_of_today(args, entry.row, before):
+            told = {"claim": entry.row.claim, "source": entry.row.source, "paper": entry.row.paper}
+            rows.append(before | told | {"note": entry.row.note})
             stay += 1
         else:
             rows.append(as_row(unfinished(entry)))
-    told = f"{finished} of {len(entries)} rows are finished" + (f", {stay} stay from earlier runs" if stay else "")
+            if before["verdict"] != NOT_RUN:
+                earlier[entry.row.key] = before
+    counted = f"{finished} of {len(entries)} rows are finished" + (f", {stay} stay from earlier runs" if stay else "")
     if not finished:
-        return f"nothing kept: {told}"
+        return f"nothing kept: {counted}"
     write_json(file, rows)
-    return f"kept: {relative(file)} ({told})"
+    gone = sorted(key for key, row in earlier.items() if row["verdict"] != NOT_RUN)
+    lines = [f"kept: {relative(file)} ({counted})"]
+    lines += [f"taken out, as their settings or rules are no longer today's: {', '.join(gone)}"] if gone else []
+    return "\n".join(lines)
+
+
+def is_of_today(args: Namespace, row: Row, published: dict) -> bool:
+    """Return whether a published row has today's settings on its seeds, and today's rules."""
+    rules = [(figure["name"], figure["rule"]) for figure in finding_of(row, {})["figures"]]
+    same_rules = [(figure["name"], figure["rule"]) for figure in published["figures"]] == rules
+    return same_rules and published["digest"] == digest_of(args, row.measurement, published["seeds"])
+
+
+def digest_of(args: Namespace, measurement: Measurement, seeds: Sequence[int]) -> str:
+    """Return a digest of what decides a measurement on some seeds, but for the content of data."""
+    place, own = place_of(args, StopFlag(), measurement), measurement.settings[args.size]
+    return integrity.sha256_json([settings_of(measurement, place, seed, own) for seed in seeds])
 
 
 def published_table(rows: Sequence[dict]) -> str:

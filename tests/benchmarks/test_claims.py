@@ -829,7 +829,7 @@ class TestCommand:
         assert kept[:2] == rows[:2]
         assert kept[2]["verdict"] == NOT_RUN and not kept[2]["seeds"] and kept[2]["ours"] is kept[2]["commit"] is None
 
-    def test_keep_leaves_what_was_published_with_the_settings_of_today(
+    def test_keep_leaves_what_was_published_with_the_settings_and_rules_of_today(
         self, count, command, monkeypatch, tmp_path, capsys
     ):
         """Another machine has the first rows only in the published file, and measures the third."""
@@ -839,18 +839,40 @@ class TestCommand:
         before = json.loads(file.read_text("utf-8"))
         shutil.rmtree(tmp_path / "claims")
         other = replace(claims.ROWS[0], key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
-        monkeypatch.setattr(claims, "ROWS", (*claims.ROWS, other))
+        rows = (replace(claims.ROWS[0], source="Paper & co, page 2"), claims.ROWS[1], other)
+        monkeypatch.setattr(claims, "ROWS", rows)
         capsys.readouterr()
-        _, rows = command("--only", "third", "--keep")
-        assert "(1 of 3 rows are finished, 2 stay from earlier runs)" in capsys.readouterr().out
-        assert json.loads(file.read_text("utf-8")) == [*before, rows[2]] and rows[0]["verdict"] == NOT_RUN
-        changed = replace(claims.ROWS[0].measurement, version=claims.ROWS[0].measurement.version + 1)
-        monkeypatch.setattr(
-            claims, "ROWS", tuple(replace(row, measurement=changed) for row in claims.ROWS[:2]) + (other,)
-        )
+        for words in ([], ["--seeds", "8", "9", "10", "11", "12"]):
+            _, shown = command("--only", "third", "--keep", *words)
+            assert "(1 of 3 rows are finished, 2 stay from earlier runs)" in capsys.readouterr().out
+            kept = json.loads(file.read_text("utf-8"))
+            assert kept == [before[0] | {"source": "Paper & co, page 2"}, before[1], shown[2]]
+            assert shown[0]["verdict"] == NOT_RUN, "the page has what was measured here"
+        other.measurement.run.fails_at = 13  # a failed attempt leaves what was published, too
+        assert command("--only", "third", "--keep", "--seeds", "8", "9", "10", "11", "13")[0] == 2
+        assert "nothing kept" in capsys.readouterr().out and json.loads(file.read_text("utf-8")) == kept
+
+    @pytest.mark.parametrize("change", ["settings", "rule", "gone"])
+    def test_keep_takes_out_and_names_what_is_no_result_of_today(
+        self, count, command, monkeypatch, tmp_path, capsys, change
+    ):
+        file = tmp_path / "results" / "claims.json"
+        file.parent.mkdir()
+        command("--keep")
+        shutil.rmtree(tmp_path / "claims")
+        first, second = claims.ROWS
+        if change == "settings":
+            first = replace(first, measurement=replace(first.measurement, version=first.measurement.version + 1))
+        elif change == "rule":
+            first = replace(first, figures=(replace(first.figures[0], rule=Rule(nothing=0.5)),))
+        other = replace(second, key="third", measurement=replace(MEASUREMENT, key="other", run=Count()))
+        monkeypatch.setattr(claims, "ROWS", (second, other) if change == "gone" else (first, second, other))
+        capsys.readouterr()
         command("--only", "third", "--keep")
-        kept = json.loads(file.read_text("utf-8"))
-        assert [row["verdict"] for row in kept] == [NOT_RUN, NOT_RUN, HOLDS], "a row of other settings is no result"
+        printed = capsys.readouterr().out
+        assert "taken out, as their settings or rules are no longer today's: first\n" in printed
+        kept = {row["row"]: row["verdict"] for row in json.loads(file.read_text("utf-8"))}
+        assert kept == ({} if change == "gone" else {"first": NOT_RUN}) | {"second": FAILS, "third": FAILS}
 
     def test_published_rows_are_a_table(self, count, command, tmp_path, capsys):
         assert command("--published")[0] == 2 and "claims.py --keep` writes it" in capsys.readouterr().err

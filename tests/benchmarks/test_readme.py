@@ -11,9 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the benchmarks are p
 
 import claims
 import demo_seeds
+from claims_rows import catalogue
 from sweeps.text import with_interval
 
 HERE = Path(__file__).resolve().parent
+PUBLISHED = {row["row"]: row for row in json.loads((HERE / "results" / "claims.json").read_text(encoding="utf-8"))}
 RATIO = re.compile(r"(\d+\.\d+) \((\d+\.\d+)\s+to\s+(\d+\.\d+)\)")
 COMMIT = re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7}\b")
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -85,25 +87,32 @@ def tables_after(heading: str) -> list[list[str]]:
 
 
 def test_verdicts_are_those_of_the_published_rows():
-    rows = json.loads((HERE / "results" / "claims.json").read_text(encoding="utf-8"))
-    ran = [row for row in rows if row["verdict"] != "not run"]
-    assert tables_after("What the papers claim") == cells(claims.published_table(rows)) and len(ran) >= 3
+    ran = [row for row in PUBLISHED.values() if row["verdict"] != "not run"]
+    assert tables_after("What the papers claim") == cells(claims.published_table(list(PUBLISHED.values())))
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{len(ran)} of the {len(PUBLISHED)} rows have run" in " ".join(text.split()) and len(ran) >= 3
     for row in ran:
         assert not row["quick"] and len(row["seeds"]) >= 3 and row["commit"] and "+" not in row["commit"]
+        assert row["commit"] in text
+
+
+def test_published_rows_have_the_settings_and_rules_of_today(tmp_path):
+    args = claims.parse(["--workers", "1", "--out", str(tmp_path), "--artifacts", str(tmp_path)])
+    by_key = {row.key: row for row in catalogue.ROWS}
+    for key, row in PUBLISHED.items():
+        assert row["verdict"] == "not run" or claims.is_of_today(args, by_key[key], row), key
 
 
 def test_verdicts_of_the_readme_are_those_of_published_rows():
     """Each difference is the main figure of a row, with its verdict and its commit."""
     text = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
     section = text.partition("`make claims` measures")[2].partition("```")[0]
-    told = [tuple(line.strip("|").split("|")[1:]) for line in section.splitlines() if line.startswith("|")][2:]
-    rows = json.loads((HERE / "results" / "claims.json").read_text(encoding="utf-8"))
-    known = {
-        (with_interval(row["figures"][0], row["figures"][0]["digits"]), row["verdict"]): row["commit"]
-        for row in rows
-        if row["verdict"] != "not run"
-    }
-    assert len(told) >= 3 and set(told) <= set(known) and all(known[one] in section for one in told)
+    told = cells("\n".join(line for line in section.splitlines() if line.startswith("|")))[1:]
+    for name, ours, verdict in told:
+        main = PUBLISHED[name.strip("`")]["figures"][0]
+        assert (ours, verdict) == (with_interval(main, main["digits"]), PUBLISHED[name.strip("`")]["verdict"])
+        assert PUBLISHED[name.strip("`")]["commit"] in section
+    assert len(told) >= 3
 
 
 def test_the_demo_over_seeds_is_that_of_its_lines():

@@ -253,6 +253,12 @@ def blind(chain, world, tmp_path_factory):
     return simulated(chain, world, tmp_path_factory, "blind", agreement=0.501, labelers_per_prompt=2)
 
 
+@pytest.fixture(scope="module")
+def unfinished(chain, world, tmp_path_factory):
+    """Run with labelers who do not rank what was cut off."""
+    return simulated(chain, world, tmp_path_factory, "unfinished", agreement=0.62, rank_unfinished="false")
+
+
 def request(world, prompt: str) -> str:
     """Return the longest request of the world in a prompt, which is the prompt without greeting."""
     return max((text for text in world.rules.language.requests() if text in prompt), key=len)
@@ -345,6 +351,25 @@ class TestSimulated:
         assert figures["pairs"] == sum(len(usable(row)) for row in train + held_out)
         assert figures["labeler_agreement"] == pytest.approx(agreement(held_out))
         assert figures["unfinished"] == pytest.approx(1 / K) and "20% of the responses were cut off" in noisy.said
+
+    def test_what_was_cut_off_can_stay_unjudged(self, world, unfinished):
+        """Nobody ranks it, and it counts neither in the agreement nor in the ceiling."""
+        rows = list(itertools.chain(*both(unfinished)))
+        assert any(not all(row["finished"]) for row in rows)
+        for row in rows:
+            assert [rank is None for rank in row["ranks"]] == [not ended for ended in row["finished"]]
+            assert min(rank for rank in row["ranks"] if rank is not None) == 1
+        agree = []
+        for prompt, responses in world.answers.items():
+            texts, finished = (list(part) for part in zip(*responses, strict=True))
+            worth = world.rules.labeler_utilities(prompt, texts, finished)
+            for i, j in itertools.combinations(range(K), 2):
+                if texts[i] != texts[j] and finished[i] and finished[j]:
+                    p = [1 / (1 + math.exp((u[j] - u[i]) / unfinished.figures["noise"])) for u in worth.tolist()]
+                    agree += [a * b + (1 - a) * (1 - b) for a, b in itertools.combinations(p, 2)]
+        assert statistics.mean(agree) == pytest.approx(0.62, abs=1e-3)
+        assert unfinished.figures["expected_agreement"] == pytest.approx(0.62, abs=1e-3)
+        assert 0.5 < unfinished.figures["accuracy_ceiling"] < 1
 
     def test_the_ceiling_is_of_a_scorer_that_knows_all_utilities_but_not_the_labeler(self, world, noisy):
         """It is measured on the held-out rows."""

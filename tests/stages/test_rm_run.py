@@ -17,7 +17,6 @@ import torch
 from micro_chain import watch_fit, write_rows
 
 from data.records import Ranking, prompt_key
-from pipeline.errors import UserError
 from stages import rm
 from stages.models.ensemble_folder import others_of
 from stages.settings.policies import reward_models
@@ -309,11 +308,14 @@ def test_a_head_that_starts_at_zero(chain, tmp_path):
     for row, again in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(again["loss"], rel=1e-3)
     assert plain.largest_difference(plain.scalar_model(finished.folder / "model"), models[4]) < 1e-3
-    with pytest.raises(UserError) as error:
-        chain.experiment("rm.head_init=zero", f"rm.start_from={finished.folder / 'model'}")
-    assert any("rm.head_init: has no effect with rm.start_from" in line for line in error.value.lines), (
-        error.value.lines
-    )
+    several = choices | {"max_steps": 1, "ensemble": 2, "held_out": "true"}
+    _, trainings, *_ = run_rm(chain, tmp_path / "several", several)
+    assert len(trainings) == 3 and not any(each.start["score.weight"].any() for each in trainings)
+    start = f"rm.start_from={finished.folder / 'model'}"
+    _, (one, two, judge), *_ = run_rm(chain, tmp_path / "from", several, start)
+    learned = plain.scalar_model(finished.folder / "model").score.weight
+    assert torch.equal(one.start["score.weight"], learned) and torch.equal(two.start["score.weight"], learned)
+    assert not judge.start["score.weight"].any(), "what only judges starts anew"
 
 
 def test_the_bias_is_over_the_requested_number_of_demonstrations_that_fit(chain, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from data.records import Ranking
 from pipeline import fingerprints
 from pipeline.errors import UserError
 from stages.rankings import MANY_UNFINISHED, ceiling_figures
-from stages.scorers.labels import with_noise
+from stages.scorers.labels import finished_only, with_noise
 
 SMALL = ["data.rankings=null", "rankings.samples_per_prompt=4", "rankings.response_length=6", "rankings.max_length=64"]
 BY_WORDS = (
@@ -105,12 +106,9 @@ def test_several_labelers_rank_a_prompt_and_what_was_cut_off_can_stay_unjudged(c
     assert {flag for row in seen for flag in row["finished"]} == {True, False}
     for row in seen:
         assert [rank is None for rank in row["ranks"]] == [not ended for ended in row["finished"]]
+        judged = sorted(rank for rank in row["ranks"] if rank is not None)
+        assert judged[:1] in ([], [1]), "the best of those that are judged is first"
     assert not any(None in row["ranks"] for row in whole.rows("train.jsonl"))
-    first = {row["prompt"]: row["ranks"] for row in whole.rows("train.jsonl")}
-    for prompt, some in by_prompt.items():  # the first labeler is the one of a single labeler
-        judged = [rank for rank, ended in zip(first[prompt], some[0]["finished"], strict=True) if ended]
-        left = [rank for rank in some[0]["ranks"] if rank is not None]
-        assert left == [1 + sum(other < rank for other in judged) for rank in judged], "in the same order, from 1"
     assert 0 < done.figures["accuracy_ceiling"] <= 1 and done.figures["unfinished"] == whole.figures["unfinished"]
     assert "rank_unfinished=false" in whole.said and "rank_unfinished=false" not in done.said
     by_score = chain.run(
@@ -149,6 +147,38 @@ def test_the_agreement_of_noisy_labelers_is_what_their_noise_says():
     assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6) and figures["equal_scores"] == 0
     half = [ranking(i, [0.0, 0.0, 1.0, 1.0]) for i in range(20)]
     assert with_noise(half, [1] * 20, 0.7, seed=0)[1]["equal_scores"] == pytest.approx(1 / 3)
+
+
+def test_responses_that_nobody_judges_do_not_count_in_the_agreement():
+    """Each fourth response has a score far above the others, and no rank."""
+    drawn = random.Random(0)
+    rankings = [ranking(i, [drawn.gauss(0, 1) for _ in range(3)] + [50.0]) for i in range(1500)]
+    unjudged = [replace(one, finished=(True, True, True, False)) for one in rankings]
+    noisy, figures = with_noise([finished_only(one) for one in unjudged], [2] * len(rankings), 0.726, seed=0)
+    assert all(one.ranks[3] is None and sorted(one.ranks[:3]) == [1, 2, 3] for some in noisy for one in some)
+    pairs = [(one, other, i, j) for one, other in noisy for i, j in itertools.combinations(range(3), 2)]
+    same = sum((one.ranks[i] < one.ranks[j]) == (other.ranks[i] < other.ranks[j]) for one, other, i, j in pairs)
+    assert same / len(pairs) == pytest.approx(0.726, abs=0.02)
+    assert figures["expected_agreement"] == pytest.approx(0.726, abs=1e-6)
+
+
+def test_a_ranking_of_the_finished_responses_has_their_order():
+    one = replace(ranking(0, [3.0, 2.0, 2.0, 1.0]), finished=(False, True, True, True))
+    some = finished_only(one)
+    assert some.ranks == (None, 1, 1, 3) and some.scores == (None, 2.0, 2.0, 1.0)
+    assert finished_only(replace(one, finished=(False,) * 4)).ranks == (None,) * 4
+
+
+def test_where_no_finished_responses_differ_it_says_what_to_do(chain, tmp_path):
+    settings = [*SMALL, BY_WORDS, "rankings.response_length=1", "rankings.rank_unfinished=false"]
+    with pytest.raises(UserError) as error:
+        chain.run("rankings", tmp_path / "rankings", *settings)
+    (line,) = error.value.lines
+    assert (
+        line.startswith("rankings: the train split")
+        and "raise rankings.num_prompts, or rankings.response_length" in line
+    )
+    assert "% of the responses were cut off), or change rankings.validation_fraction" in line
 
 
 def test_equal_scores_leave_nothing_to_agree_on():
@@ -192,6 +222,7 @@ def test_another_reward_model_and_a_function_rank(chain, tmp_path):
         ([*SMALL, "rankings.scorer=[{model: rm}]"], "rankings.scorer: rm is trained on these rankings"),
         (["rankings.tie_within=0.1"], "rankings.tie_within: has no effect without rankings.scorer"),
         (["rankings.scorer_agreement=0.7"], "rankings.scorer_agreement: has no effect without rankings.scorer"),
+        ([*SMALL, BY_WORDS, "rankings.labelers_per_prompt=2"], "rankings.labelers_per_prompt: a scorer without"),
         ([*SMALL, BY_WORDS, "rankings.agreement=0.7"], "rankings.agreement: is that of the embedded world"),
         (
             [*SMALL, BY_WORDS, "rankings.tie_within=0.1", "rankings.scorer_agreement=0.7"],

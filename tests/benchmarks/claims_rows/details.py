@@ -124,10 +124,9 @@ ROWS = (
         "whitened-rewards",
         PART,
         "Scaling rewards over the batch, without clipping, changes hardly anything.",
-        "Zheng 2023 (secrets of RLHF, part I), section 5.3.1; Huang 2024 (the N+ implementation details), detail 24",
+        "Zheng 2023 (secrets of RLHF, part I), section 5.3.1",
         "Rewards that are normalised by a running mean and deviation and clipped make training steadier, but scaling "
-        "alone does hardly anything; in the second, whitened rewards give shorter answers that are preferred less "
-        "often.",
+        "alone does hardly anything.",
         MEASUREMENT,
         (
             Figure(
@@ -137,7 +136,8 @@ ROWS = (
             ),
         ),
         plots,
-        f"Rewards are scaled to a standard deviation of 1 over the batch and not clipped; the mean is kept. {STEADY}",
+        "Rewards are scaled to a standard deviation of 1 over the batch and not clipped; the mean is kept. In Huang "
+        f"2024 (detail 24), whitened rewards give shorter answers that are preferred less often. {STEADY}",
     ),
     Row(
         "clipping",

@@ -61,17 +61,24 @@ def kept_of(folder: Path, measurement: Measurement, place: Place, seed: int, set
         seed: The seed.
         settings: The measurement's own settings.
     """
+    what = settings_of(measurement, place, seed, settings)
+    files = {str(file): integrity.sha256_file(file) for file in local_files(what["config"].get("data"))}
+    digest = integrity.sha256_json(what | ({"files": files} if files else {}))
+    return Kept(folder / f"{measurement.key}-seed{seed}.json", digest)
+
+
+def settings_of(measurement: Measurement, place: Place, seed: int, settings: dict) -> dict[str, Any]:
+    """Return the settings that decide what is found on a seed, as JSON, without the data's content.
+
+    Args:
+        measurement: The measurement.
+        place: Its config.
+        seed: The seed.
+        settings: The measurement's own settings.
+    """
     values = {key: value for key, value in read_tree(place.config, []).values.items() if key not in OUTSIDE}
-    files = {str(file): integrity.sha256_file(file) for file in local_files(values.get("data"))}
-    what = {
-        "measurement": measurement.key,
-        "version": measurement.version,
-        "seed": seed,
-        "settings": settings,
-        "config": values,
-        **({"files": files} if files else {}),
-    }
-    return Kept(folder / f"{measurement.key}-seed{seed}.json", integrity.sha256_json(as_json(what)))
+    what = {"measurement": measurement.key, "version": measurement.version, "seed": seed, "settings": settings}
+    return as_json(what | {"config": values})
 
 
 def local_files(value: Any) -> list[Path]:

@@ -58,7 +58,7 @@ class Entry:
     failed: str = ""
     """Why it could not be measured."""
     digest: str = ""
-    """Digest of the settings on all seeds that were asked for."""
+    """Digest of the settings on the seeds that were found, without the content of data."""
 
 
 def page(meta: str, entries: Sequence[Entry]) -> str:
