@@ -318,13 +318,18 @@ def head_text(
     )
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the scalar head of a reward model; None if its class has none of the known names."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)
+
+
 def head_problem(model: nn.Module) -> str | None:
     """Return why the logit of a reward model is not what the stages train and read, or None.
 
     They read the head on the trunk's hidden state at the last token. A short row is tried, in the
     way that the model card shows: no padding, no mask.
     """
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head = head_of(model)
     if not isinstance(head, nn.Linear):
         return f"{type(model).__name__} has no linear head `score`"
     if model.base_model is model:

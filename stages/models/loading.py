@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from stages.models.adapter_folder import is_adapter_folder, weights_folder, with_adapter_of
 from stages.models.families import (
     has_family_class,
+    head_of,
     head_problem,
     name_trunk,
     names_own_head,
@@ -91,16 +92,10 @@ def new_reward_model(
     return with_adapter_of(with_first_head(model, zero_head), folder)
 
 
-def head_of(model: nn.Module) -> nn.Module | None:
-    """Return the scalar head of a reward model; None if its class has none of the known names."""
-    return getattr(model, "score", None) or getattr(model, "classifier", None)
-
-
 def with_first_head(model: nn.Module, zero_head: bool) -> nn.Module:
     """Return a new reward model whose head, which was drawn, is set to zero if asked for."""
-    head = head_of(model)
-    if zero_head and isinstance(head, nn.Linear):
-        nn.init.zeros_(head.weight)
+    if zero_head:
+        nn.init.zeros_(score_head(model).weight)
     return model
 
 
@@ -251,7 +246,7 @@ def _zero_dropout(owner: Any) -> None:
 
 def score_head(model: nn.Module) -> nn.Linear:
     """Return the scalar head of a sequence classification model; UserError if there is none."""
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head = head_of(model)
     if head is None:
         raise UserError(
             f"{type(model).__name__} has no linear head `score`; use a decoder model (Llama, Qwen, GPT-2 …)"
