@@ -15,8 +15,8 @@ NOTE = (
     "SmolLM2-135M-Instruct with LoRA completes sentences of film reviews (configs/sentiment.yaml; settings of the "
     "reward model were chosen on seed 0, those of PPO and DPO are guesses). Five labelers rank the answers to a "
     "prompt, but none that was cut off. Gold is how positive the lexicon VADER finds the completion, 0 to 1. On the "
-    "data's sentences it correlates by 0.33 with what people say of the whole sentence, and a few kind words in a row come "
-    "near 1: it is the truth of this task, not people's. Three seeds, for time, so intervals are wide."
+    "data's sentences it correlates by 0.33 with what people say of the whole sentence, and a few kind words in a row "
+    "come near 1: it is the truth of this task, not people's. Three seeds, for time, so intervals are wide."
 )
 SEEDS = 3
 """Seeds of a whole run."""
