@@ -58,7 +58,7 @@ MEASUREMENT = Measurement(
     "SmolLM2-135M on film reviews: PPO and DPO over their penalties, PPO on gold, best of n",
     run,
     {
-        "whole": {"kl_coefs": [0.02, 0.2], "betas": [0.05, 0.5], "doublings": 3, "samples": 4, **LEXICON},
+        "whole": {"kl_coefs": [0.2], "betas": [0.5], "doublings": 3, "samples": 2, **LEXICON},
         "quick": {"kl_coefs": [0.2], "betas": [0.5], "doublings": 2, "samples": 2, **LEXICON},
         "micro": {
             "kl_coefs": [0.02, 0.5],
