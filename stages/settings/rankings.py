@@ -62,8 +62,8 @@ class RankingsSettings(Section):
     rank_unfinished: bool | None = setting(
         None,
         "whether labelers rank responses that were cut off at response_length too. false: they are not judged (rank "
-        "null), and no model learns from them; ppo.missing_eos_score says what they are worth, but DPO, which has no such "
-        "score, may leave off ending its answers. null: true",
+        "null), and no model learns from them; ppo.missing_eos_score says what they are worth, but DPO, which has no "
+        "such score, may leave off ending its answers. null: true",
     )
     batch_size: int = setting(32, "number of prompts sampled at a time", "prompts", ge=1)
     scorer: list[Scorer] | None = setting(
