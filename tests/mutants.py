@@ -642,14 +642,14 @@ MUTANTS = [
     Mutant(
         "rankings",
         "every labeler has the taste of the first",
-        "labelers.rank(utilities[i][k], noise",
-        "labelers.rank(utilities[i][0], noise",
+        "rank_some(utilities[i][k], judged[i]",
+        "rank_some(utilities[i][0], judged[i]",
     ),
     Mutant(
         "rankings",
         "ranks begin with the worst",
-        "labelers.rank(utilities[i][k], noise",
-        "labelers.rank(-utilities[i][k], noise",
+        "rank_some(utilities[i][k], judged[i]",
+        "rank_some(-utilities[i][k], judged[i]",
     ),
     Mutant(
         "rankings",
@@ -690,8 +690,14 @@ MUTANTS = [
     Mutant(
         "rankings",
         "the agreement that was asked for is not read",
-        "labelers.calibrate_noise(utilities, answers, settings.agreement)",
-        "labelers.calibrate_noise(utilities, answers)",
+        "labelers.calibrate_noise(ranked_utilities, ranked_answers, settings.agreement)",
+        "labelers.calibrate_noise(ranked_utilities, ranked_answers)",
+    ),
+    Mutant(
+        "rankings",
+        "what was cut off is always ranked",
+        "[k for k, ended in enumerate(row) if ended or every]",
+        "[k for k, ended in enumerate(row)]",
     ),
     Mutant(
         "rankings",
