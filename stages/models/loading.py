@@ -81,26 +81,24 @@ def new_reward_model(
     if is_remote(config) or has_family_class(config):
         weights = weights_folder(folder)
         model = prepare(from_pretrained(AutoModelForSequenceClassification, weights, num_labels=1, **options))
-        if (problem := draw_head(model, seed)) is None:
-            return with_adapter_of(with_first_head(model, zero_head), folder)
+        if (problem := draw_head(model, seed, zero_head)) is None:
+            return with_adapter_of(model, folder)
         if is_remote(model):
             raise UserError(f"{folder}: this model's code cannot be made a reward model ({problem}); use dpo")
     model = prepare(load_own_scalar_model(weights_folder(folder), config, **options)[0])
-    if (problem := draw_head(model, seed)) is not None:
+    if (problem := draw_head(model, seed, zero_head)) is not None:
         what = f"this {config.model_type} model cannot be made a reward model ({problem})"
         raise UserError(f"{folder}: {what}; use dpo, which needs none, or another family")
-    return with_adapter_of(with_first_head(model, zero_head), folder)
+    return with_adapter_of(model, folder)
 
 
-def with_first_head(model: nn.Module, zero_head: bool) -> nn.Module:
-    """Return a new reward model whose head, which was drawn, is set to zero if asked for."""
-    if zero_head:
-        nn.init.zeros_(score_head(model).weight)
-    return model
+def draw_head(model: nn.Module, seed: int, zero_head: bool) -> str | None:
+    """Draw the head of a new reward model again, from `seed`; or leave it at zero.
 
-
-def draw_head(model: nn.Module, seed: int) -> str | None:
-    """Draw the head of a new reward model again, from `seed`.
+    Args:
+        model: The model.
+        seed: Seed of the head's weights.
+        zero_head: Whether the head is set to zero once the model has been tried with a drawn one.
 
     Returns:
         Why the model cannot be a reward model, or None if it can.
@@ -110,7 +108,10 @@ def draw_head(model: nn.Module, seed: int) -> str | None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():  # Var(r) ≈ 1 for hidden states of unit scale (Stiennon 2020, app. C.1)
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5)
-    return head_problem(model)
+    problem = head_problem(model)
+    if zero_head and problem is None:
+        nn.init.zeros_(head.weight)
+    return problem
 
 
 def load_own_scalar_model(folder: Path, config: Any, **options: Any) -> tuple[nn.Module, dict]:

@@ -97,15 +97,14 @@ def finished_only(ranking: Ranking) -> Ranking:
     Args:
         ranking: A ranking of all responses.
     """
-    kept = [rank for rank, ended in zip(ranking.ranks, ranking.finished, strict=True) if ended and rank is not None]
-    ranks = [
-        1 + sum(other < rank for other in kept) if ended and rank is not None else None
+    worth = [
+        -rank if ended and rank is not None else None
         for rank, ended in zip(ranking.ranks, ranking.finished, strict=True)
     ]
     scores = ranking.scores and tuple(
         score if ended else None for score, ended in zip(ranking.scores, ranking.finished, strict=True)
     )
-    return replace(ranking, ranks=tuple(ranks), scores=scores)
+    return replace(ranking, ranks=tuple(ranks_of_scores(worth)), scores=scores)
 
 
 def rank_some(

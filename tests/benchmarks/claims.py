@@ -119,10 +119,9 @@ def run(argv: list[str], stop: StopFlag) -> None:
         print(markdown(["row", "claim", "source"], [[row.key, row.claim, row.source] for row in listed]))
         return
     if args.published:
-        file = args.results / "claims.json"
-        if not file.is_file():
-            raise UserError(f"{relative(file)}: no such file; `claims.py --keep` writes it")
-        print(published_table(json.loads(file.read_text(encoding="utf-8"))))
+        if not (rows := published_rows(args)):
+            raise UserError(f"{relative(published_file(args))}: no such file; `claims.py --keep` writes it")
+        print(published_table(rows))
         return
     entries: list[Entry] = []
     try:
@@ -245,7 +244,8 @@ def entry_of(args: Namespace, row: Row) -> Entry:
     """
     if row not in args.rows:
         args = Namespace(**vars(args) | {"overrides": []})
-    files = files_of(args, place_of(args, StopFlag(), row.measurement), row.measurement)
+    place = place_of(args, StopFlag(), row.measurement)
+    files = files_of(args, place, row.measurement)
     kept = {seed: record for seed, file in files.items() if (record := file.read()) is not None}
     records = {seed: record for seed, record in kept.items() if record["found"] is not None}
     failed = [f"seed {seed}: {record['failed']}" for seed, record in kept.items() if record["failed"]]
@@ -260,7 +260,7 @@ def entry_of(args: Namespace, row: Row) -> Entry:
         commit=", ".join(dict.fromkeys(record["commit"] or "unknown" for record in records.values())),
         date=max((record["date"] for record in records.values()), default=""),
         failed="; ".join(failed),
-        digest=digest_of(args, row.measurement, list(records)),
+        digest=digest_of(args, place, row.measurement, list(records)),
     )
 
 
@@ -305,42 +305,53 @@ def keep(args: Namespace, entries: Sequence[Entry]) -> str:
     Returns:
         Lines that say what was done.
     """
-    file = args.results / "claims.json"
-    earlier = {row["row"]: row for row in json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
-    rows, finished, stay = [], 0, 0
+    earlier = {row["row"]: row for row in published_rows(args) if row["verdict"] != NOT_RUN}
+    rows, finished, stay = [], set(), set()
     for entry in entries:
-        before = earlier.pop(entry.row.key, {"verdict": NOT_RUN})
+        row, before = entry.row, earlier.get(entry.row.key)
         if not entry.quick and not entry.failed:
             rows.append(as_row(entry))
-            finished += 1
-        elif before["verdict"] != NOT_RUN and is_of_today(args, entry.row, before):
-            told = {"claim": entry.row.claim, "source": entry.row.source, "paper": entry.row.paper}
-            rows.append(before | told | {"note": entry.row.note})
-            stay += 1
+            finished.add(row.key)
+        elif before is not None and is_of_today(args, row, before):
+            rows.append(before | {"claim": row.claim, "source": row.source, "paper": row.paper, "note": row.note})
+            stay.add(row.key)
         else:
             rows.append(as_row(unfinished(entry)))
-            if before["verdict"] != NOT_RUN:
-                earlier[entry.row.key] = before
-    counted = f"{finished} of {len(entries)} rows are finished" + (f", {stay} stay from earlier runs" if stay else "")
+    counted = f"{len(finished)} of {len(entries)} rows are finished"
+    counted += f", {len(stay)} stay from earlier runs" if stay else ""
     if not finished:
         return f"nothing kept: {counted}"
-    write_json(file, rows)
-    gone = sorted(key for key, row in earlier.items() if row["verdict"] != NOT_RUN)
-    lines = [f"kept: {relative(file)} ({counted})"]
+    write_json(published_file(args), rows)
+    gone = sorted(set(earlier) - finished - stay)
+    lines = [f"kept: {relative(published_file(args))} ({counted})"]
     lines += [f"taken out, as their settings or rules are no longer today's: {', '.join(gone)}"] if gone else []
     return "\n".join(lines)
+
+
+def published_file(args: Namespace) -> Path:
+    """Return the file of published rows."""
+    return args.results / "claims.json"
+
+
+def published_rows(args: Namespace) -> list[dict]:
+    """Return the published rows; none if there is no file of them."""
+    file = published_file(args)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def is_of_today(args: Namespace, row: Row, published: dict) -> bool:
     """Return whether a published row has today's settings on its seeds, and today's rules."""
     rules = [(figure["name"], figure["rule"]) for figure in finding_of(row, {})["figures"]]
     same_rules = [(figure["name"], figure["rule"]) for figure in published["figures"]] == rules
-    return same_rules and published["digest"] == digest_of(args, row.measurement, published["seeds"])
+    if not same_rules:
+        return False
+    place = place_of(args, StopFlag(), row.measurement)
+    return published["digest"] == digest_of(args, place, row.measurement, published["seeds"])
 
 
-def digest_of(args: Namespace, measurement: Measurement, seeds: Sequence[int]) -> str:
+def digest_of(args: Namespace, place: Place, measurement: Measurement, seeds: Sequence[int]) -> str:
     """Return a digest of what decides a measurement on some seeds, but for the content of data."""
-    place, own = place_of(args, StopFlag(), measurement), measurement.settings[args.size]
+    own = measurement.settings[args.size]
     return integrity.sha256_json([settings_of(measurement, place, seed, own) for seed in seeds])
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the benchmarks are p
 import claims
 import demo_seeds
 from claims_rows import catalogue
+from claims_rows.verdicts import NOT_RUN
 from sweeps.text import with_interval
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +80,7 @@ def cells(table: str) -> list[list[str]]:
     return [row for row in rows if not all(set(cell) <= {"-"} and cell for cell in row)]
 
 
-def tables_after(heading: str) -> list[list[str]]:
+def table_below(heading: str) -> list[list[str]]:
     """Return the cells of the first table below a heading of tests/README.md."""
     text = (HERE.parent / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
     section = text.partition("\n## ")[0]
@@ -87,8 +88,8 @@ def tables_after(heading: str) -> list[list[str]]:
 
 
 def test_verdicts_are_those_of_the_published_rows():
-    ran = [row for row in PUBLISHED.values() if row["verdict"] != "not run"]
-    assert tables_after("What the papers claim") == cells(claims.published_table(list(PUBLISHED.values())))
+    ran = [row for row in PUBLISHED.values() if row["verdict"] != NOT_RUN]
+    assert table_below("What the papers claim") == cells(claims.published_table(list(PUBLISHED.values())))
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
     assert f"{len(ran)} of the {len(PUBLISHED)} rows have run" in " ".join(text.split()) and len(ran) >= 3
     for row in ran:
@@ -100,7 +101,7 @@ def test_published_rows_have_the_settings_and_rules_of_today(tmp_path):
     args = claims.parse(["--workers", "1", "--out", str(tmp_path), "--artifacts", str(tmp_path)])
     by_key = {row.key: row for row in catalogue.ROWS}
     for key, row in PUBLISHED.items():
-        assert row["verdict"] == "not run" or claims.is_of_today(args, by_key[key], row), key
+        assert row["verdict"] == NOT_RUN or claims.is_of_today(args, by_key[key], row), key
 
 
 def test_verdicts_of_the_readme_are_those_of_published_rows():
@@ -109,12 +110,13 @@ def test_verdicts_of_the_readme_are_those_of_published_rows():
     section = text.partition("`make claims` measures")[2].partition("```")[0]
     told = cells("\n".join(line for line in section.splitlines() if line.startswith("|")))[1:]
     for name, ours, verdict in told:
-        main = PUBLISHED[name.strip("`")]["figures"][0]
-        assert (ours, verdict) == (with_interval(main, main["digits"]), PUBLISHED[name.strip("`")]["verdict"])
-        assert PUBLISHED[name.strip("`")]["commit"] in section
+        row = PUBLISHED[name.strip("`")]
+        main = row["figures"][0]
+        assert (ours, verdict) == (with_interval(main, main["digits"]), row["verdict"])
+        assert row["commit"] in section
     assert len(told) >= 3
 
 
 def test_the_demo_over_seeds_is_that_of_its_lines():
     expected = [row for row in cells(demo_seeds.table(lines("demo_seeds"))) if row[0] != "seconds, all stages"]
-    assert tables_after("The demo over seeds") == expected
+    assert table_below("The demo over seeds") == expected
